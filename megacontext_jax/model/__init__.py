@@ -1,0 +1,1 @@
+"""The GPT as pure functions over a params pytree."""

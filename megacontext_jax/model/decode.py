@@ -1,0 +1,94 @@
+"""Decoding with a key/value cache of static shape.
+
+Rows of a batch may have different lengths: prompts are padded on the right and every row keeps its own
+position, so that one compiled step serves any mixture of conversations.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.attention import NEG, AttentionFn, reference_attention
+from megacontext_jax.model.gpt import close_block, embed, qkv, rms_norm, rope_table
+from megacontext_jax.model.loss import capped_logits
+
+
+class Cache(NamedTuple):
+    """Keys (after rotation and norm) and values of each layer, and the number of valid slots per row."""
+
+    k: tuple[jax.Array, ...]  # per layer [B, K, S, D]
+    v: tuple[jax.Array, ...]
+    length_B: jax.Array
+
+
+def unstack_layers(params: dict) -> dict:
+    """One dict per layer instead of stacked arrays: what decoding takes, since slicing would copy weights."""
+    n_layer = params["h"]["c_q"].shape[0]
+    layers = tuple({name: w[i] for name, w in params["h"].items()} for i in range(n_layer))
+    return params | {"h": layers}
+
+
+def init_cache(cfg: GPTConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
+    shape = (batch, cfg.n_kv_head, slots, cfg.head_dim)
+    arrays = [tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer)) for _ in range(2)]
+    return Cache(*arrays, jnp.zeros(batch, jnp.int32))
+
+
+def prefill(
+    params,
+    cfg: GPTConfig,
+    ids_BT,
+    length_B,
+    cache: Cache,
+    *,
+    attention: AttentionFn = reference_attention,
+    dtype=jnp.float32,
+):
+    """Fill an empty cache with right-padded prompts.
+
+    Returns the float32 logits [B, V] after each row's last valid token, and the cache.
+    """
+    B, T = ids_BT.shape
+    rope = rope_table(cfg, jnp.arange(T), dtype)
+    x_BTC = embed(params, ids_BT, dtype)
+    ks, vs = [], []
+    for i, layer in enumerate(params["h"]):
+        q, k, v = qkv(layer, cfg, x_BTC, rope)
+        x_BTC = close_block(layer, x_BTC, attention(q, k, v))
+        ks.append(cache.k[i].at[:, :, :T].set(k.transpose(0, 2, 1, 3).astype(cache.k[i].dtype)))
+        vs.append(cache.v[i].at[:, :, :T].set(v.transpose(0, 2, 1, 3).astype(cache.v[i].dtype)))
+    last_B1C = jnp.take_along_axis(x_BTC, (length_B - 1)[:, None, None], axis=1)
+    return _head(params, cfg, last_B1C), Cache(tuple(ks), tuple(vs), length_B)
+
+
+def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float32):
+    """Append one token per row. Returns float32 logits [B, V] and the cache, one slot longer.
+
+    A row whose cache is full drops the write; callers stop at the window's end.
+    """
+    B, S = ids_B.shape[0], cache.k[0].shape[2]
+    rows, pos_B = jnp.arange(B), cache.length_B
+    rope = rope_table(cfg, pos_B[:, None], dtype)
+    visible_B1S = jnp.arange(S)[None, None, :] <= pos_B[:, None, None]
+    x_B1C = embed(params, ids_B[:, None], dtype)
+    ks, vs = [], []
+    for i, layer in enumerate(params["h"]):
+        q, k, v = qkv(layer, cfg, x_B1C, rope)
+        k_BKSD = cache.k[i].at[rows, :, pos_B].set(k[:, 0].astype(cache.k[i].dtype), mode="drop")
+        v_BKSD = cache.v[i].at[rows, :, pos_B].set(v[:, 0].astype(cache.v[i].dtype), mode="drop")
+        q_BKGD = q.reshape(B, cfg.n_kv_head, -1, cfg.head_dim)
+        s_BKGS = jnp.einsum("bkgd,bksd->bkgs", q_BKGD, k_BKSD, preferred_element_type=jnp.float32)
+        s_BKGS = jnp.where(visible_B1S[:, None], s_BKGS / math.sqrt(cfg.head_dim), NEG)
+        p_BKGS = jax.nn.softmax(s_BKGS, axis=-1).astype(v_BKSD.dtype)
+        attn = jnp.einsum("bkgs,bksd->bkgd", p_BKGS, v_BKSD).astype(x_B1C.dtype)
+        x_B1C = close_block(layer, x_B1C, attn)
+        ks.append(k_BKSD)
+        vs.append(v_BKSD)
+    return _head(params, cfg, x_B1C), Cache(tuple(ks), tuple(vs), pos_B + 1)
+
+
+def _head(params, cfg, x_B1C):
+    return capped_logits(rms_norm(x_B1C), params["lm_head"], cfg.constants.softcap, cfg.vocab_size)[:, 0]

@@ -1,0 +1,1 @@
+"""Training: optimiser, sharding, step, loop, checkpoint."""
