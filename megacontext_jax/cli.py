@@ -1,0 +1,139 @@
+"""What every entry point shares: flags to `Config`, help that teaches, errors as one sentence."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+
+from megacontext_jax.config import (
+    CONFIG_DIR,
+    STAGES,
+    Config,
+    apply_flags,
+    flag_names,
+    is_switch,
+    load_yaml,
+)
+from megacontext_jax.errors import UserError
+
+SHORT = {
+    "-i": "source",
+    "-g": "tag",
+    "-s": "step",
+    "-p": "prompt",
+    "-t": "temperature",
+    "-k": "top-k",
+    "-a": "tasks",
+    "-m": "max-tokens",
+    "-b": "eval-batch-size",
+}
+ALIASES = {"model-tag": "tag", "model-step": "step", "gpu": "profile", "device-type": "platform"}
+
+
+def run_main(main: Callable[[list[str]], int | None]) -> None:
+    """Run an entry point: user mistakes end in one sentence and status 2, Ctrl-C in status 130."""
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 128 + signal.SIGPIPE
+    sys.exit(status or 0)
+
+
+def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[str, ...] = ()) -> Config:
+    """Flags to a configuration.
+
+    `stage` is the section that unqualified stage flags address; `show` are the sections `--help` explains
+    in full. `--config NAME` (default: the recipe of the hardware profile) is read before the other flags.
+    """
+    if "-h" in argv or "--help" in argv:
+        print(_help(doc, stage, show))
+        raise SystemExit(0)
+    flags = _tokens(argv)
+    sources = [value for name, value in flags if name == "config"]
+    profiles = [value for name, value in flags if name == "profile"]
+    recipes = [value for name, value in flags if name == "recipe"]
+    config = Config()
+    if sources:
+        if sources[-1] is None:
+            raise UserError("--config needs the name of a file in configs/ or a path.")
+        config = load_yaml(config, sources[-1])
+    else:
+        config = load_yaml(config, recipe_config(recipes[-1] if recipes else "run10", profiles))
+    rest = [(name, value) for name, value in flags if name not in ("config", "profile")]
+    return apply_flags(config, rest, stage)
+
+
+def recipe_config(recipe: str, profiles: list[str | None] = ()) -> str:
+    """Name of the YAML file of a recipe; run10 has one per hardware profile."""
+    if recipe != "run10":
+        return recipe
+    from megacontext_jax.telemetry.hardware import gpu_profile
+
+    profile = profiles[-1] if profiles else gpu_profile()
+    known = sorted(p.stem.removeprefix("run10_") for p in CONFIG_DIR.glob("run10_*.yaml"))
+    if profile not in known:
+        raise UserError(f"--gpu does not take {profile!r}; choose one of {', '.join(known)}.")
+    return f"run10_{profile}"
+
+
+def _tokens(argv: list[str]) -> list[tuple[str, str | None]]:
+    """[(name, value)] of `--name value`, `--name=value`, `--switch`, `-x value`; a lone `--` is skipped."""
+    flags, words = [], [word for word in argv if word != "--"]
+    while words:
+        word = words.pop(0)
+        if word in SHORT:
+            word = f"--{SHORT[word]}"
+        if not word.startswith("--"):
+            raise UserError(f"Unexpected argument {word!r}; flags look like --name value. See --help.")
+        name, equals, value = word[2:].partition("=")
+        name = ALIASES.get(name.replace("_", "-"), name.replace("_", "-"))
+        if equals:
+            flags.append((name, value))
+        elif is_switch(name):
+            explicit = words and words[0].lower() in ("true", "false", "0", "1")
+            flags.append((name, words.pop(0) if explicit else None))
+        elif words and (not words[0].startswith("--") or name == "prompt"):
+            flags.append((name, words.pop(0)))
+        else:
+            flags.append((name, None))
+    return flags
+
+
+def _help(doc: str, stage: str | None, show: tuple[str, ...]) -> str:
+    config = Config()
+    lines = [
+        doc.strip(),
+        "",
+        "Flags (dashes or underscores; defaults are nanochat's, recipes override them):",
+    ]
+    lines.append(
+        "  --config NAME              configs/NAME.yaml, or a path; default: the profile of this machine"
+    )
+    short = {name: letter for letter, name in SHORT.items()}
+    shown = (stage, *show) if stage else show
+    for section_name in shown:
+        section = getattr(config, section_name)
+        lines.append(f"\n{section_name}:")
+        for f in fields(section):
+            name = f.name.replace("_", "-")
+            letter = f"{short[name]}, " if name in short else ""
+            default = getattr(section, f.name)
+            lines.append(f"  {letter}--{name:<24} {f.metadata['help']} [{default!r}]")
+    others = [s for s in vars(config) if s not in shown]
+    rest = sorted({n for n, owners in flag_names().items() if not set(owners) & set(shown)})
+    if rest:
+        lines.append(
+            f"\nAlso accepted (sections {', '.join(others)}), so that a recipe can pass its flags on:"
+        )
+        lines.append("  " + " ".join(f"--{n.replace('_', '-')}" for n in rest))
+    if stage in STAGES:
+        lines.append(f"\n--{'|--'.join(s + '.NAME' for s in STAGES)} address one stage from anywhere.")
+    return "\n".join(lines)

@@ -1,0 +1,284 @@
+"""One configuration: a tree of dataclasses, filled from YAML and the command line.
+
+Precedence: the defaults below (nanochat's classic recipe), then `configs/<recipe>.yaml`, then flags. Every
+script takes every flag, so a recipe hands its arguments to all stages; a name nobody knows is an error. In a
+training script `--num-iterations` means that stage's; `--base.num-iterations` names one stage from anywhere.
+Dashes and underscores are the same.
+"""
+
+import difflib
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from megacontext_jax.errors import UserError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+
+
+def option(default, help: str, *, free: bool = False, choices: tuple = ()):
+    """A configuration field. `free` ones may change when a run is resumed, the others may not."""
+    return field(default=default, metadata={"help": help, "free": free, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    recipe: str = option("", "which recipe this is part of", free=True)
+    run: str = option("dummy", "wandb run name; dummy logs to JSONL only", free=True)
+    tag: str = option("", "checkpoint tag (default d<depth>)", free=True)
+    fresh: bool = option(False, "start this stage again under a new tag; deletes nothing", free=True)
+    seed: int = option(42, "seed of every random choice")
+    platform: str = option("", "cpu or gpu (default: what JAX finds)", free=True, choices=("", "cpu", "gpu"))
+    compute_dtype: str = option(
+        "auto",
+        "activations: auto = bfloat16 on GPUs, float32 on CPUs",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    attention_impl: str = option("auto", "auto, blocked, cudnn, xla or reference", free=True)
+    remat: str = option("none", "recompute in the backward pass", free=True, choices=("none", "dots", "full"))
+    data_axis: int = option(-1, "devices along the data axis; -1 = the rest", free=True)
+    fsdp_axis: int = option(1, "devices that share parameters and optimiser state", free=True)
+    tensor_axis: int = option(1, "devices that split heads and hidden units", free=True)
+    coordinator: str = option("", "host:port of process 0 for a multi-process run", free=True)
+    num_processes: int = option(0, "processes in all, with --coordinator", free=True)
+    process_id: int = option(-1, "this process, with --coordinator", free=True)
+    min_devices: int = option(1, "accelerators this recipe needs", free=True)
+    min_device_memory_gb: int = option(0, "memory per accelerator this recipe needs, GB", free=True)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    data_dir: str = option("", "train on your own folder of .parquet, .jsonl or .txt files")
+    dataset: str = option(
+        "builtin",
+        "builtin, fineweb_edu or climbmix",
+        choices=("builtin", "fineweb_edu", "climbmix"),
+    )
+    num_shards: int = option(8, "real shards to download", free=True)
+    base_url: str = option("", "where the real shards are (default: the hub)", free=True)
+    corpus_scale: float = option(1.0, "size of the built-in corpus; 1 is the CPU recipe's")
+    packing: str = option("concat", "how documents fill rows", choices=("concat", "best_fit"))
+    workers: int = option(0, "tokeniser processes; 0 = a thread", free=True)
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    vocab_size: int = option(65536, "vocabulary, special tokens included")
+    max_chars: int = option(2_000_000_000, "characters to train on")
+    doc_cap: int = option(10_000, "characters taken of each document")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    arch: str = option("classic", "architecture constants: classic (nanochat) or pocket (CPU)")
+    depth: int = option(20, "layers; width, heads, batch and horizon follow")
+    aspect_ratio: int = option(64, "width = depth * aspect_ratio")
+    head_dim: int = option(128, "channels per head")
+    n_kv_head: int = option(0, "key/value heads; 0 = as many as heads")
+    max_seq_len: int = option(2048, "tokens per row")
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage. -1 in a horizon means: derive it."""
+
+    num_iterations: int = option(-1, "steps; -1 = derive")
+    target_flops: float = option(-1.0, "steps from a FLOP budget")
+    target_param_data_ratio: float = option(20.0, "steps from tokens per parameter")
+    num_epochs: int = option(1, "passes over the conversations (mid, sft)")
+    device_batch_size: int = option(32, "rows per device and micro-batch", free=True)
+    total_batch_size: int = option(524_288, "tokens per step over all devices")
+    optimizer: str = option("muon", "muon (matrices) with AdamW, or AdamW for all", choices=("muon", "adamw"))
+    matrix_lr: float = option(0.02, "learning rate of the matrices")
+    embedding_lr: float = option(0.2, "learning rate of the embedding")
+    unembedding_lr: float = option(0.004, "learning rate of the head")
+    init_lr_frac: float = option(1.0, "factor on every learning rate")
+    weight_decay: float = option(0.0, "decoupled weight decay of the AdamW groups")
+    adam_beta1: float = option(0.8, "AdamW")
+    adam_beta2: float = option(0.95, "AdamW")
+    grad_clip: float = option(1.0, "global norm; 0 = off")
+    warmup_ratio: float = option(0.0, "share of the steps")
+    warmdown_ratio: float = option(0.2, "share of the steps")
+    final_lr_frac: float = option(0.0, "learning rate at the end, as a share")
+    mask_prompts: bool = option(False, "loss on the assistant's tokens only (mid; sft always)")
+    curriculum: bool = option(False, "keep the conversations in file order (mid, sft)")
+    eval_every: int = option(250, "steps between validations; -1 = only at the end", free=True)
+    eval_tokens: int = option(20 * 524_288, "tokens per validation", free=True)
+    sample_every: int = option(2000, "steps between samples; -1 = only at the end", free=True)
+    save_every: int = option(1000, "steps between checkpoints; -1 = only at the end", free=True)
+    keep: int = option(2, "checkpoints kept", free=True)
+    log_every: int = option(10, "steps between log lines", free=True)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    source: str = option("sft", "which stage's model", free=True, choices=("base", "mid", "sft"))
+    step: int = option(-1, "checkpoint step; -1 = latest", free=True)
+    tasks: str = option("", "task names separated by |; empty = all", free=True)
+    eval_seed: int = option(1234, "seed of the held-out questions", free=True)
+    num_examples: int = option(200, "questions per task", free=True)
+    eval_batch_size: int = option(50, "questions at a time", free=True)
+    max_new_tokens: int = option(32, "longest answer, tokens", free=True)
+    split_tokens: int = option(200_000, "tokens per split for bits per byte", free=True)
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    prompt: str = option("", "one prompt instead of a conversation", free=True)
+    temperature: float = option(0.6, "0 = greedy", free=True)
+    top_k: int = option(50, "0 = off", free=True)
+    top_p: float = option(1.0, "1 = off", free=True)
+    max_tokens: int = option(256, "longest answer, tokens", free=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    base: StageConfig = StageConfig()
+    mid: StageConfig = StageConfig(grad_clip=0.0, eval_every=150, save_every=-1)
+    sft: StageConfig = StageConfig(
+        grad_clip=0.0,
+        device_batch_size=4,
+        total_batch_size=65_536,
+        init_lr_frac=0.02,
+        warmdown_ratio=1.0,
+        eval_every=100,
+        save_every=-1,
+    )
+    eval: EvalConfig = EvalConfig()
+    chat: ChatConfig = ChatConfig()
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+STAGES = ("base", "mid", "sft")
+
+
+def fixed_options(section) -> dict:
+    """The values of a section that a resumed run must share with its checkpoint."""
+    return {f.name: getattr(section, f.name) for f in fields(section) if not f.metadata["free"]}
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def load_yaml(config: Config, source: str) -> Config:
+    """Overlay a YAML file; `source` is a path or the name of a file in configs/."""
+    path = Path(source)
+    if not path.suffix:
+        path = CONFIG_DIR / f"{source}.yaml"
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except FileNotFoundError:
+        known = ", ".join(sorted(p.stem for p in CONFIG_DIR.glob("*.yaml")))
+        raise UserError(f"There is no configuration {source!r}; give a path or one of: {known}.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"Cannot read the configuration {path}: {reason}; mend the file.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections like 'model:' with keys below them.")
+    for section_name, values in tree.items():
+        if section_name not in _sections() or not isinstance(values, dict):
+            known = ", ".join(_sections())
+            raise UserError(f"{path} has an unknown section {section_name!r}; sections are: {known}.")
+        for key, value in values.items():
+            config = _set(config, section_name, str(key), value, where=f"{path}: {section_name}.{key}")
+    return config
+
+
+def apply_flags(config: Config, flags: list[tuple[str, str | None]], stage: str | None) -> Config:
+    """Overlay command-line flags [(name without dashes, value or None for a switch)]."""
+    for name, value in flags:
+        where = f"--{name}"
+        section_name, _, key = name.replace("-", "_").rpartition(".")
+        targets = [section_name] if section_name else _owners(key, stage)
+        if not targets or (section_name and section_name not in _sections()):
+            raise UserError(f"Unknown flag {where}.{_suggest(name)} See --help for all flags.")
+        for target in targets:
+            config = _set(config, target, key, value, where=where)
+    return config
+
+
+def flag_names() -> dict[str, list[str]]:
+    """Every flag's plain name and the sections that have it."""
+    names: dict[str, list[str]] = {}
+    for section_name, section in _sections().items():
+        for f in fields(section):
+            names.setdefault(f.name, []).append(section_name)
+    return names
+
+
+def is_switch(name: str) -> bool:
+    section_name, _, key = name.replace("-", "_").rpartition(".")
+    owners = [section_name] if section_name in _sections() else flag_names().get(key, [])
+    types_ = [typing.get_type_hints(type(_sections()[o])).get(key) for o in owners]
+    return bool(types_) and all(t is bool for t in types_)
+
+
+def _sections() -> dict:
+    default = Config()
+    return {
+        f.name: getattr(default, f.name) for f in fields(default) if is_dataclass(getattr(default, f.name))
+    }
+
+
+def _owners(key: str, stage: str | None) -> list[str]:
+    owners = flag_names().get(key, [])
+    if stage in owners and all(o in STAGES for o in owners):
+        return [stage]
+    return owners
+
+
+def _suggest(name: str) -> str:
+    key = name.replace("-", "_").rpartition(".")[2]
+    close = difflib.get_close_matches(key, flag_names(), n=1)
+    return f" Did you mean --{close[0].replace('_', '-')}?" if close else ""
+
+
+def _set(config: Config, section_name: str, key: str, value, *, where: str) -> Config:
+    section = getattr(config, section_name)
+    known = {f.name: f for f in fields(section)}
+    if key not in known:
+        raise UserError(f"Unknown key {where}.{_suggest(key)}")
+    hint = typing.get_type_hints(type(section))[key]
+    parsed = _parse(value, hint, where)
+    choices = known[key].metadata["choices"]
+    if choices and parsed not in choices:
+        words = ", ".join(repr(c) for c in choices)
+        raise UserError(f"{where} does not take {value!r}; choose one of {words}.")
+    return replace(config, **{section_name: replace(section, **{key: parsed})})
+
+
+def _parse(value, hint: type | types.UnionType, where: str):
+    if hint is bool:
+        if value is None or isinstance(value, bool):
+            return True if value is None else value
+        if str(value).lower() in ("1", "true", "yes", "on"):
+            return True
+        if str(value).lower() in ("0", "false", "no", "off"):
+            return False
+        raise UserError(f"{where} is a switch and does not take {value!r}; use true or false.")
+    if value is None:
+        raise UserError(f"{where} needs a value ({hint.__name__}).")
+    if hint is str:
+        return str(value)
+    try:
+        number = float(str(value).replace("_", ""))
+        if hint is int:
+            if not number.is_integer():
+                raise ValueError
+            return int(number)
+        if number != number:
+            raise ValueError
+        return number
+    except (ValueError, OverflowError):
+        kind = "a whole number" if hint is int else "a number"
+        raise UserError(f"{where} needs {kind}, not {value!r}.") from None

@@ -1,0 +1,89 @@
+"""One training step: gradient accumulation, optimiser, norms. Pure, compiled once, state donated."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from megacontext_jax.train import mesh as meshes
+
+
+class TrainState(NamedTuple):
+    params: dict
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+# (params, {"inputs", "targets"} of [B, T], key) -> (summed loss, weight); the loss reported is their quotient
+LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def init_state(mesh: Mesh, init: Callable[[jax.Array], dict], optimizer, key) -> TrainState:
+    """A fresh state, born sharded."""
+
+    def make(key):
+        params = init(key)
+        return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+
+    shardings = meshes.state_shardings(mesh, jax.eval_shape(make, key))
+    return jax.jit(make, out_shardings=shardings)(key)
+
+
+def abstract_state(mesh: Mesh, init, optimizer, key) -> TrainState:
+    """Shapes and shardings of the state without making it: the template for restoring."""
+
+    def make(key):
+        params = init(key)
+        return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+
+    shapes = jax.eval_shape(make, key)
+    shardings = meshes.state_shardings(mesh, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def make_train_step(loss_fn: LossFn, optimizer, shardings: TrainState, mesh: Mesh, *, seed: int):
+    """Compiled (state, batch) -> (state, metrics).
+
+    Batch arrays are [A, B, T]: A micro-batches are accumulated. The gradient is that of the summed loss of
+    the whole batch over its whole weight, so rows with few targets count for what they hold and an empty
+    batch moves nothing. Randomness inside the loss derives from (seed, step, micro-batch): no state.
+    """
+
+    def step(state: TrainState, batch: dict):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def micro_step(carry, xs):
+            grads, loss, weight = carry
+            micro, index = xs
+
+            def loss_of(params):
+                return loss_fn(params, micro, jax.random.fold_in(key, index))
+
+            (micro_loss, micro_weight), micro_grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            grads = jax.tree.map(jnp.add, grads, micro_grads)
+            return (grads, loss + micro_loss, weight + micro_weight), None
+
+        accumulation = batch["inputs"].shape[0]
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros([]), jnp.zeros([]))
+        xs = (batch, jnp.arange(accumulation))
+        if accumulation == 1:  # no second copy of the gradients
+            (grads, loss, weight), _ = micro_step(zeros, jax.tree.map(lambda x: x[0], xs))
+        else:
+            (grads, loss, weight), _ = jax.lax.scan(micro_step, zeros, xs)
+        weight = jnp.maximum(weight, 1.0)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss / weight,
+            "weight": weight,
+            "grad_norm": optax.global_norm(grads),
+            "param_norm": optax.global_norm(state.params),
+            "update_norm": optax.global_norm(updates),
+        }
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, meshes.replicated(mesh)))
