@@ -1,0 +1,5 @@
+"""The built-in corpus: a deterministic generator of a small world, beside the English of the Python installation."""
+
+from megacontext_jax.data.corpus.build import GENERATOR_VERSION, MANIFEST, build
+
+__all__ = ["GENERATOR_VERSION", "MANIFEST", "build"]

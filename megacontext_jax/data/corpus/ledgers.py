@@ -1,0 +1,85 @@
+"""Ledgers: many key-value pairs, then questions whose answer repeats the key directly before its value.
+
+Key next to value in the statement and in the answer makes recall a single "what followed this word before?" step,
+the easiest form of in-context lookup; the other kinds of text lean on the circuit that forms here. Every key and
+value is written with a space before it, in documents and in chat turns alike, so that it is always the same token.
+"""
+
+import random
+
+from megacontext_jax.data.corpus.words import (
+    ANIMALS,
+    CLASSES,
+    COLOURS,
+    FOODS,
+    JOBS,
+    NAMES,
+    OBJECTS,
+    PLACES,
+    TOWNS,
+)
+from megacontext_jax.data.corpus.world import Item, Question, distinct
+
+_VALUES = COLOURS + JOBS + TOWNS + PLACES
+_SCHEMAS = (
+    (NAMES, _VALUES),
+    (NAMES, JOBS),
+    (NAMES, TOWNS),
+    (NAMES, ANIMALS),
+    (NAMES, FOODS),
+    (OBJECTS, PLACES),
+    (OBJECTS, COLOURS),
+)
+
+
+def _pairs(rng: random.Random, n: int, schema: tuple | None = None) -> tuple[list[str], list[str]]:
+    keys, values = schema or _SCHEMAS[int(rng.random() * len(_SCHEMAS))]
+    return rng.sample(keys, min(n, len(keys))), rng.choices(values, k=min(n, len(keys)))
+
+
+def _listing(keys: list[str], values: list[str]) -> str:
+    return "; ".join([f"{key} {value}" for key, value in zip(keys, values, strict=True)])
+
+
+def ledger(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
+    """`Ledger: Amos smith; Ida station. Q: Ida? A: Ida station.`"""
+    keys, values = _pairs(rng, n_pairs)
+    chance = distinct(values)
+    pairs = list(zip(keys, values, strict=True))
+    asked = _order(rng, pairs, n_questions)
+    questions = tuple([Question(f"Q: {k}?", f"A: {k} {v}.", chance) for k, v in asked])
+    return Item("ledger", f"Ledger: {_listing(keys, values)}.", questions)
+
+
+def recall(rng: random.Random, n_pairs: int, n_copies: int) -> str:
+    """A ledger written again in other orders: one recall per three tokens, the densest text of all."""
+    keys, values = _pairs(rng, n_pairs)
+    pairs = list(zip(keys, values, strict=True))
+    lines = [f"Ledger: {_listing(keys, values)}."]
+    for _ in range(n_copies):
+        rng.shuffle(pairs)
+        lines.append("Again: " + "; ".join([f"{k} {v}" for k, v in pairs]) + ".")
+    return " ".join(lines)
+
+
+def two_hop(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
+    """`Chain: key Ida; Ida mill. Q: key? A: key Ida mill.` with objects held by people who are somewhere."""
+    n = max(2, n_pairs)
+    names = rng.sample(NAMES, n)
+    objects = rng.sample(OBJECTS, n)
+    places = rng.choices(CLASSES["places"], k=n)
+    links = [f"{a} {b}" for a, b in zip(objects, names, strict=True)]
+    links += [f"{a} {b}" for a, b in zip(names, places, strict=True)]
+    rng.shuffle(links)
+    asked = _order(rng, list(zip(objects, names, places, strict=True)), n_questions)
+    chance = distinct(places)
+    questions = tuple([Question(f"Q: {a}?", f"A: {a} {b} {c}.", chance) for a, b, c in asked])
+    return Item("two_hop", f"Chain: {'; '.join(links)}.", questions)
+
+
+def _order(rng: random.Random, things: list, n: int) -> list:
+    """n of the things in random order, going round again when there are fewer."""
+    order: list = []
+    while len(order) < n:
+        order += rng.sample(things, len(things))
+    return order[:n]

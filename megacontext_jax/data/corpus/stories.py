@@ -1,0 +1,218 @@
+"""Short stories: facts told in varied sentences, then each one asked; the answer restates the subject."""
+
+import random
+from dataclasses import dataclass
+
+from megacontext_jax.data.corpus.words import (
+    ANIMALS,
+    COLOURS,
+    FILLER,
+    FOODS,
+    JOBS,
+    NAMES,
+    OBJECTS,
+    PLACES,
+    TOWNS,
+)
+from megacontext_jax.data.corpus.world import Item, Question
+
+
+@dataclass(frozen=True)
+class Relation:
+    """Sentence forms of one kind of fact: `{k}` is the subject, `{v}` the value, `{n}` some person."""
+
+    keys: tuple[str, ...]
+    values: tuple[str, ...]
+    plain: str
+    ask: str
+    varied: tuple[str, ...]
+
+
+RELATIONS = {
+    "place": Relation(
+        OBJECTS,
+        PLACES,
+        "The {k} is in the {v}.",
+        "Where is the {k}?",
+        (
+            *(
+                "{n} " + verb + " the {k} in the {v}."
+                for verb in [
+                    "hid",
+                    "left",
+                    "put",
+                    "kept",
+                    "stored",
+                    "found",
+                    "saw",
+                    "dropped",
+                    "placed",
+                    "lost",
+                    "locked",
+                    "forgot",
+                ]
+            ),
+            "The {k} stood in the {v}.",
+            "The {k} was in the {v} all day.",
+            "You can find the {k} in the {v}.",
+            "{n} carried the {k} to the {v}.",
+            "Look for the {k} in the {v}.",
+            "In the {v} stood the {k}.",
+        ),
+    ),
+    "colour": Relation(
+        OBJECTS,
+        COLOURS,
+        "The {k} is {v}.",
+        "What colour is the {k}?",
+        (
+            "{n} painted the {k} {v}.",
+            "The {k} was bright {v}.",
+            "{n} made the {k} dark {v}.",
+            "The {k} looked {v}.",
+            "The {k} of {n} is {v}.",
+            "Everyone knew the {k} was {v}.",
+        ),
+    ),
+    "job": Relation(
+        NAMES,
+        JOBS,
+        "{k} is a {v}.",
+        "What is the work of {k}?",
+        (
+            "{k} works as a {v}.",
+            "{k} became a {v}.",
+            "{k} was a good {v}.",
+            "{k} wanted to be a {v}.",
+            "They call {k} the {v}.",
+            "Everyone knew {k} as a {v}.",
+            "{k} is an old {v}.",
+        ),
+    ),
+    "town": Relation(
+        NAMES,
+        TOWNS,
+        "{k} lives in {v}.",
+        "Where does {k} live?",
+        (
+            "{k} moved to {v}.",
+            "{k} has a house in {v}.",
+            "{k} came from {v}.",
+            "The home of {k} is {v}.",
+            "{k} never left {v}.",
+            "{k} was born in {v}.",
+        ),
+    ),
+    "animal": Relation(
+        NAMES,
+        ANIMALS,
+        "{k} has a {v}.",
+        "Which animal does {k} have?",
+        (
+            "{k} keeps a {v}.",
+            "{k} owns a small {v}.",
+            "{k} found a {v}.",
+            "{k} bought a young {v}.",
+            "{k} plays with a {v}.",
+            "{k} feeds the {v}.",
+        ),
+    ),
+    "food": Relation(
+        NAMES,
+        FOODS,
+        "{k} likes {v}.",
+        "What does {k} like?",
+        (
+            "{k} often eats {v}.",
+            "{k} asked for {v}.",
+            "{k} made some {v}.",
+            "{k} loves {v}.",
+            "{k} wants more {v}.",
+            "For {k} the best meal is {v}.",
+        ),
+    ),
+}
+_NAMES = tuple(RELATIONS)
+_OPENERS = ("Later", "Today", "In the morning", "After lunch", "Before noon", "At night")
+
+
+def _sentence(rng: random.Random, relation: Relation, key: str, value: str, variety: float) -> str:
+    if rng.random() >= variety:
+        return relation.plain.format(k=key, v=value)
+    form = relation.varied[int(rng.random() * len(relation.varied))]
+    text = form.format(k=key, v=value, n=NAMES[int(rng.random() * len(NAMES))])
+    if form[0] == "{" and rng.random() < 0.15:
+        text = f"{_OPENERS[int(rng.random() * len(_OPENERS))]} {text}"
+    return text
+
+
+def facts(
+    rng: random.Random, n_facts: int, n_questions: int, *, variety: float = 1.0, n_relations: int = 2
+) -> Item:
+    """A story of `n_facts` facts over at most `n_relations` kinds, then questions in random order.
+
+    A question's chance is one over the number of different values of its own kind in the story: the accuracy of
+    a reader who knows which kind of word to say and not which one.
+    """
+    told: list[tuple[str, str, str]] = []
+    kinds = rng.sample(_NAMES, n_relations)
+    for i, kind in enumerate(kinds):
+        n = n_facts // n_relations + (i < n_facts % n_relations)
+        relation = RELATIONS[kind]
+        keys = rng.sample(relation.keys, n)
+        told += [(kind, k, v) for k, v in zip(keys, rng.choices(relation.values, k=n), strict=True)]
+    rng.shuffle(told)
+    sentences = []
+    for kind, key, value in told:
+        sentences.append(_sentence(rng, RELATIONS[kind], key, value, variety))
+        if rng.random() < 0.04 * variety:
+            sentences.append(FILLER[int(rng.random() * len(FILLER))])
+    chances = {kind: 1.0 / len({v for k, _, v in told if k == kind}) for kind in kinds}
+    asked: list[tuple[str, str, str]] = []
+    while len(asked) < n_questions:
+        asked += rng.sample(told, len(told))
+    questions = tuple(
+        [
+            Question(RELATIONS[kind].ask.format(k=k), RELATIONS[kind].plain.format(k=k, v=v), chances[kind])
+            for kind, k, v in asked[:n_questions]
+        ]
+    )
+    return Item("facts", " ".join(sentences), questions)
+
+
+def moves(rng: random.Random, n_objects: int, n_moves: int, n_questions: int) -> Item:
+    """Objects that change their place: the last place counts."""
+    objects = rng.sample(OBJECTS, n_objects)
+    where = {}
+    sentences = []
+    for thing in objects:
+        where[thing] = rng.choice(PLACES)
+        sentences.append(_sentence(rng, RELATIONS["place"], thing, where[thing], 0.5))
+    seen = list(where.values())
+    for _ in range(n_moves):
+        thing = rng.choice(objects)
+        where[thing] = rng.choice(PLACES)
+        seen.append(where[thing])
+        sentences.append(f"Then {rng.choice(NAMES)} moved the {thing} to the {where[thing]}.")
+    chance = 1.0 / len(set(seen))
+    asked: list[str] = []
+    while len(asked) < n_questions:
+        asked += rng.sample(objects, n_objects)
+    relation = RELATIONS["place"]
+    questions = tuple(
+        [
+            Question(relation.ask.format(k=k), relation.plain.format(k=k, v=where[k]), chance)
+            for k in asked[:n_questions]
+        ]
+    )
+    return Item("moves", " ".join(sentences), questions)
+
+
+def passkey(rng: random.Random, n_before: int, n_after: int) -> Item:
+    """A passkey told once among filler sentences and asked at the end."""
+    key = f"{rng.choice(COLOURS)} {rng.choice(OBJECTS)}"
+    lines = rng.choices(FILLER, k=n_before)
+    lines.append(f"Remember that the passkey is {key}.")
+    lines += rng.choices(FILLER, k=n_after)
+    question = Question("What is the passkey?", f"The passkey is {key}.", 1 / (len(COLOURS) * len(OBJECTS)))
+    return Item("passkey", " ".join(lines), (question,))
