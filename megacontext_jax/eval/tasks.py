@@ -1,7 +1,7 @@
 """Held-out generated tasks: fresh questions of every kind the built-in corpus teaches.
 
-The text of a task belongs to the corpus's `eval` split, which is decided by a hash of the text itself: no seed of
-the generator can put it into training. Answers are compared whole.
+The text of a task belongs to the corpus's `eval` split, which is decided by a hash of the text itself: no seed
+of the generator can put it into training. Answers are compared whole.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ TASKS: dict[str, Task] = {
         Task("passkey", "a key among filler", lambda rng: stories.passkey(rng, rng.randint(0, 12), 12)),
         Task(
             "arithmetic",
-            "one sum or difference of numbers up to 20",
+            "one sum or difference of a number up to 99 and a digit",
             lambda rng: arithmetic.sums(rng, 1, SPLIT),
         ),
         Task("counting", "beads of one colour", lambda rng: arithmetic.counting(rng, rng.randint(4, 9), 1)),

@@ -1,4 +1,4 @@
-"""The built-in corpus: a deterministic generator of a small world, beside the English of the Python installation."""
+"""The built-in corpus: a generated small world beside the English of the Python installation."""
 
 from megacontext_jax.data.corpus.build import GENERATOR_VERSION, MANIFEST, build
 

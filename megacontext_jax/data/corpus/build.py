@@ -39,13 +39,14 @@ def build(
 ) -> Path:
     """Generates the corpus and returns its folder, `out_dir/<fingerprint>`.
 
-    Layout: `pretrain/shard_XXXXX.parquet` (column `text`; in curriculum order; the last shard is the validation
-    set of the same mix), `python_val.parquet` (held-out real English), `mid/` and `sft/` with `train-00000.parquet`
-    and `val-00000.parquet` (column `messages`), `manifest.json`.
+    Layout: `pretrain/shard_XXXXX.parquet` (column `text`; in curriculum order; the last shard is the
+    validation set of the same mix), `python_val.parquet` (held-out real English), `mid/` and `sft/` with
+    `train-00000.parquet` and `val-00000.parquet` (column `messages`), `manifest.json`.
 
-    The folder's name comes from the arguments, the generator's version and the Python version (whose English is
-    part of the text). A finished folder is returned at once, an unfinished one is completed file by file, and
-    another set of arguments gets another folder.
+    The folder's name comes from the arguments, the generator's version and the Python version (whose English
+    is part of the text). A finished folder is returned at once, an unfinished one is completed file by file,
+    and another set of arguments gets another folder. Raises UserError for impossible arguments and for a
+    disk that refuses the files.
     """
     settings = {
         "generator": GENERATOR_VERSION,
@@ -76,8 +77,8 @@ def build(
         _write_all(folder, settings, echo or (lambda line: None))
     except OSError as error:
         raise UserError(
-            f"Cannot write the built-in corpus to {folder}: {error.strerror or error}; free some space or choose"
-            " another folder, then run the same command again."
+            f"Cannot write the built-in corpus to {folder}: {error.strerror or error}; free some space or"
+            " choose another folder, then run the same command again."
         ) from None
     return folder
 

@@ -2,13 +2,14 @@
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 from megacontext_jax.data.corpus import arithmetic, ledgers, python_english, spelling, stories
 from megacontext_jax.data.corpus.longdoc import long_document
 from megacontext_jax.data.corpus.world import Item, conversation, document, split_of
 
-# Shares of characters at points of the run (0 = first document, 1 = last), linear in between: dense recall first,
-# then the kinds that ride on it, then long documents.
+# Shares of characters at points of the run (0 = first document, 1 = last), linear in between: dense recall
+# first, then the kinds that ride on it, then long documents.
 CURRICULUM: tuple[tuple[float, dict[str, float]], ...] = (
     (0.0, {"recall": 30, "ledger": 30, "facts": 20, "english": 15, "arithmetic": 2, "spelling": 3}),
     (
@@ -70,7 +71,7 @@ SFT = {
 
 def shares_at(position: float) -> dict[str, float]:
     """Share of characters of each kind at `position` in [0, 1]; sums to 1."""
-    for (p0, a), (p1, b) in zip(CURRICULUM, CURRICULUM[1:], strict=False):
+    for (p0, a), (p1, b) in pairwise(CURRICULUM):
         if position <= p1:
             t = (position - p0) / (p1 - p0)
             mixed = {k: (1 - t) * a.get(k, 0.0) + t * b.get(k, 0.0) for k in dict.fromkeys((*a, *b))}
@@ -162,8 +163,8 @@ def documents(
 ) -> Iterator[tuple[str, str]]:
     """(kind, text) of about `chars` characters that run through the curriculum from `start` to `stop`.
 
-    Kinds take turns by credit: every document earns each kind its share of its length, and the kind with the most
-    credit comes next. Shares of characters are then met closely, whatever the lengths of the kinds.
+    Kinds take turns by credit: every document earns each kind its share of its length, and the kind with the
+    most credit comes next. Shares of characters are then met closely, whatever the lengths of the kinds.
     """
     credit: dict[str, float] = {}
     done = 0

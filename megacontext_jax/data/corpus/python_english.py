@@ -33,8 +33,8 @@ def passages(target_chars: int = 700) -> tuple[tuple[str, ...], tuple[str, ...]]
             sides[digest % 16 == 0].extend(_cut(text, target_chars))
     if sum(map(len, sides[0])) < _LEAST:
         raise UserError(
-            f"The Python installation at {sysconfig.get_paths()['stdlib']} carries no source files to take English"
-            " from; use a standard Python build or give your own text with --data-dir."
+            f"The Python installation at {sysconfig.get_paths()['stdlib']} carries no source files to take"
+            " English from; use a standard Python build or give your own text with --data-dir."
         )
     return tuple(sides[0]), tuple(sides[1])
 

@@ -9,8 +9,8 @@ from megacontext_jax.data.corpus.world import Item, Question, split_of
 def spelling(rng: random.Random, n: int, split: str) -> Item:
     """`Spell lantern and key. The letters are l a n t e r n and k e y.`
 
-    Every word is spelled somewhere in training (a token does not show its letters); word *pairs* belong to one
-    split each.
+    Every word is spelled somewhere in training (a token does not show its letters); word *pairs* belong to
+    one split each.
     """
     questions: list[Question] = []
     while len(questions) < n:

@@ -28,6 +28,8 @@ class Relation:
     varied: tuple[str, ...]
 
 
+_VERBS = ("hid", "left", "put", "kept", "stored", "found", "saw", "dropped", "placed", "lost", "locked")
+
 RELATIONS = {
     "place": Relation(
         OBJECTS,
@@ -35,23 +37,7 @@ RELATIONS = {
         "The {k} is in the {v}.",
         "Where is the {k}?",
         (
-            *(
-                "{n} " + verb + " the {k} in the {v}."
-                for verb in [
-                    "hid",
-                    "left",
-                    "put",
-                    "kept",
-                    "stored",
-                    "found",
-                    "saw",
-                    "dropped",
-                    "placed",
-                    "lost",
-                    "locked",
-                    "forgot",
-                ]
-            ),
+            *("{n} " + verb + " the {k} in the {v}." for verb in _VERBS),
             "The {k} stood in the {v}.",
             "The {k} was in the {v} all day.",
             "You can find the {k} in the {v}.",
@@ -151,8 +137,8 @@ def facts(
 ) -> Item:
     """A story of `n_facts` facts over at most `n_relations` kinds, then questions in random order.
 
-    A question's chance is one over the number of different values of its own kind in the story: the accuracy of
-    a reader who knows which kind of word to say and not which one.
+    A question's chance is one over the number of different values of its own kind in the story: the accuracy
+    of a reader who knows which kind of word to say and not which one.
     """
     told: list[tuple[str, str, str]] = []
     kinds = rng.sample(_NAMES, n_relations)

@@ -1,244 +1,60 @@
 """The vocabulary of the small world.
 
-Every entry is one common word: the BPE of a small tokenizer then holds each " word" as a single token, so that
-recalling a value is one step of attention and not a chain of them. Classes are disjoint.
+Every entry is one common word: the BPE of a small tokenizer then holds each " word" as a single token, so
+that recalling a value is one step of attention and not a chain of them. Classes are disjoint.
 """
 
-NAMES = tuple(
-    [
-        "Amos",
-        "Anna",
-        "Ben",
-        "Carl",
-        "Clara",
-        "Dora",
-        "Edith",
-        "Emil",
-        "Eva",
-        "Felix",
-        "Finn",
-        "Greta",
-        "Hana",
-        "Hugo",
-        "Ida",
-        "Iris",
-        "Ivan",
-        "Jack",
-        "Jane",
-        "Jonas",
-        "Kate",
-        "Kurt",
-        "Lena",
-        "Leo",
-        "Lily",
-        "Lucy",
-        "Mara",
-        "Marc",
-        "Mia",
-        "Milo",
-        "Nina",
-        "Noah",
-        "Nora",
-        "Olga",
-        "Oscar",
-        "Otto",
-        "Paul",
-        "Petra",
-        "Rosa",
-        "Ruth",
-        "Sam",
-        "Sara",
-        "Simon",
-        "Tess",
-        "Theo",
-        "Tom",
-        "Vera",
-        "Walter",
-    ]
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+NAMES = _words(
+    """
+    Amos Anna Ben Carl Clara Dora Edith Emil Eva Felix Finn Greta Hana Hugo Ida Iris Ivan Jack Jane
+    Jonas Kate Kurt Lena Leo Lily Lucy Mara Marc Mia Milo Nina Noah Nora Olga Oscar Otto Paul Petra Rosa
+    Ruth Sam Sara Simon Tess Theo Tom Vera Walter
+    """
 )
-OBJECTS = tuple(
-    [
-        "basket",
-        "bell",
-        "book",
-        "bottle",
-        "box",
-        "brush",
-        "candle",
-        "clock",
-        "coin",
-        "cup",
-        "drum",
-        "flute",
-        "hammer",
-        "hat",
-        "kettle",
-        "key",
-        "knife",
-        "lamp",
-        "lantern",
-        "letter",
-        "map",
-        "mirror",
-        "needle",
-        "pencil",
-        "ribbon",
-        "ring",
-        "rope",
-        "scarf",
-        "spoon",
-        "violin",
-        "whistle",
-        "wheel",
-    ]
+OBJECTS = _words(
+    """
+    basket bell book bottle box brush candle clock coin cup drum flute hammer hat kettle key knife lamp
+    lantern letter map mirror needle pencil ribbon ring rope scarf spoon violin whistle wheel
+    """
 )
-PLACES = tuple(
-    [
-        "attic",
-        "bakery",
-        "barn",
-        "boat",
-        "castle",
-        "cave",
-        "cellar",
-        "chapel",
-        "church",
-        "field",
-        "forest",
-        "garage",
-        "garden",
-        "harbor",
-        "hotel",
-        "kitchen",
-        "library",
-        "market",
-        "mill",
-        "museum",
-        "office",
-        "school",
-        "shed",
-        "stable",
-        "station",
-        "tent",
-        "theater",
-        "tower",
-        "tunnel",
-        "valley",
-        "village",
-        "workshop",
-    ]
+PLACES = _words(
+    """
+    attic bakery barn boat castle cave cellar chapel church field forest garage garden harbor hotel
+    kitchen library market mill museum office school shed stable station tent theater tower tunnel
+    valley village workshop
+    """
 )
-JOBS = tuple(
-    [
-        "baker",
-        "barber",
-        "carpenter",
-        "cook",
-        "dancer",
-        "doctor",
-        "driver",
-        "farmer",
-        "fisher",
-        "gardener",
-        "guard",
-        "hunter",
-        "judge",
-        "miller",
-        "nurse",
-        "painter",
-        "pilot",
-        "potter",
-        "priest",
-        "sailor",
-        "singer",
-        "smith",
-        "tailor",
-        "teacher",
-    ]
+JOBS = _words(
+    """
+    baker barber carpenter cook dancer doctor driver farmer fisher gardener guard hunter judge miller
+    nurse painter pilot potter priest sailor singer smith tailor teacher
+    """
 )
-TOWNS = tuple(
-    [
-        "Avon",
-        "Bergen",
-        "Cairo",
-        "Delhi",
-        "Dover",
-        "Genoa",
-        "Lima",
-        "London",
-        "Lyon",
-        "Malta",
-        "Milan",
-        "Oslo",
-        "Paris",
-        "Porto",
-        "Prague",
-        "Quebec",
-        "Riga",
-        "Rome",
-        "Seoul",
-        "Tokyo",
-        "Turin",
-        "Vienna",
-        "Warsaw",
-        "York",
-    ]
+TOWNS = _words(
+    """
+    Avon Bergen Cairo Delhi Dover Genoa Lima London Lyon Malta Milan Oslo Paris Porto Prague Quebec Riga
+    Rome Seoul Tokyo Turin Vienna Warsaw York
+    """
 )
-COLOURS = tuple(
-    [
-        "black",
-        "blue",
-        "brown",
-        "gray",
-        "green",
-        "orange",
-        "pink",
-        "purple",
-        "red",
-        "silver",
-        "white",
-        "yellow",
-    ]
+COLOURS = _words(
+    """
+    black blue brown gray green orange pink purple red silver white yellow
+    """
 )
-ANIMALS = tuple(
-    [
-        "cat",
-        "cow",
-        "crow",
-        "dog",
-        "duck",
-        "fox",
-        "goat",
-        "hen",
-        "horse",
-        "mouse",
-        "parrot",
-        "pig",
-        "pony",
-        "rabbit",
-        "sheep",
-        "wolf",
-    ]
+ANIMALS = _words(
+    """
+    cat cow crow dog duck fox goat hen horse mouse parrot pig pony rabbit sheep wolf
+    """
 )
-FOODS = tuple(
-    [
-        "apples",
-        "beans",
-        "bread",
-        "cake",
-        "cheese",
-        "eggs",
-        "fish",
-        "honey",
-        "milk",
-        "nuts",
-        "pears",
-        "pie",
-        "plums",
-        "rice",
-        "soup",
-        "tea",
-    ]
+FOODS = _words(
+    """
+    apples beans bread cake cheese eggs fish honey milk nuts pears pie plums rice soup tea
+    """
 )
 
 CLASSES = {

@@ -5,7 +5,6 @@ import zlib
 from dataclasses import dataclass
 
 SPLITS = ("train", "val", "eval")
-_BUCKETS = 16
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,13 @@ def stream(*names: object) -> random.Random:
     return random.Random("/".join(map(str, names)))
 
 
-def split_of(text: str) -> str:
-    """The split a statement belongs to: 1 in 16 to `eval`, 1 in 16 to `val`, the rest to `train`.
+def split_of(text: str, buckets: int = 16) -> str:
+    """The split a statement belongs to: one in `buckets` to `eval`, one to `val`, the rest to `train`.
 
     The rule looks at the text alone, so a statement of one split can never appear in another, whatever the
     seeds were.
     """
-    bucket = zlib.crc32(text.encode()) % _BUCKETS
+    bucket = zlib.crc32(text.encode()) % buckets
     return "eval" if bucket == 0 else "val" if bucket == 1 else "train"
 
 
