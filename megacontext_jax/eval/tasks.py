@@ -1,7 +1,7 @@
 """Held-out generated tasks: fresh questions of every kind the built-in corpus teaches.
 
-The text of a task belongs to the corpus's `eval` split, which is decided by a hash of the text itself: no seed
-of the generator can put it into training. Answers are compared whole.
+The text of a task belongs to the corpus's `eval` split, which is decided by a hash of the text itself: no
+seed of the generator can put it into training. Answers are compared whole.
 """
 
 from collections.abc import Callable

@@ -149,7 +149,7 @@ def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str,
     The counts of a file stand in its own metadata, so that a resumed build can put them into the manifest.
     """
     if path.exists():
-        return json.loads(pq.read_schema(path).metadata[b"corpus"])
+        return json.loads(pq.read_metadata(path).metadata[b"corpus"])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     kinds: Counter[str] = Counter()

@@ -1,9 +1,9 @@
 """Ledgers: many key-value pairs, then questions whose answer repeats the key directly before its value.
 
-Key next to value in the statement and in the answer makes recall a single "what followed this word before?"
-step, the easiest form of in-context lookup; the other kinds of text lean on the circuit that forms here. Every
-key and value is written with a space before it, in documents and in chat turns alike (hence `A: ` in front of
-the answer), so that it is always the same token.
+Key next to value in the statement and in the answer makes recall a single step ("what followed this word
+before?"), the easiest form of in-context lookup; the other kinds of text lean on the circuit that forms here.
+Every key and value is written with a space before it, in documents and in chat turns alike (hence `A: ` in
+front of the answer), so that it is always the same token.
 """
 
 import random

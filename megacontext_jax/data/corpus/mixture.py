@@ -85,42 +85,45 @@ def _between(rng: random.Random, low: float, high: float) -> int:
     return int(low + rng.random() * (high - low + 1))
 
 
-def make_item(rng: random.Random, kind: str, split: str, level: float, row_tokens: int = 256) -> Item:
+def make_item(
+    rng: random.Random, kind: str, split: str, level: float, row_tokens: int = 256, turn_tokens: int = 0
+) -> Item:
     """One item of a kind that belongs to `split`; `level` in [0, 1] is how far the curriculum has come.
 
-    Sizes are chosen so that statement and questions fill about `row_tokens` tokens at most.
+    Sizes are chosen so that statement and questions fill `row_tokens` tokens at most, where every question
+    costs `turn_tokens` more than its own text (the marks of a chat turn).
     """
     while True:
-        item = _draw(rng, kind, split, level, row_tokens)
+        item = _draw(rng, kind, split, level, row_tokens, turn_tokens)
         if not item.statement or split_of(item.statement) == split:
             return item
 
 
-def _draw(rng: random.Random, kind: str, split: str, level: float, row: int) -> Item:
+def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, turn: int) -> Item:
     budget = _between(rng, 0.35 * row, (0.45 + 0.5 * level) * row)
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
-        return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // 9))
+        return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // (9 + turn)))
     if kind == "facts":
         relations = 1 if rng.random() < 0.5 else 2
         n = _between(rng, 3, 4 + 4 * level)
         return stories.facts(
-            rng, n, max(3, (budget - 8 * n) // 13), variety=0.3 + 0.7 * level, n_relations=relations
+            rng, n, max(3, (budget - 9 * n) // (13 + turn)), variety=0.3 + 0.7 * level, n_relations=relations
         )
     if kind == "two_hop":
         n = _between(rng, 2, 3 + 5 * level)
-        return ledgers.two_hop(rng, n, max(2, (budget - 6 * n) // 10))
+        return ledgers.two_hop(rng, n, max(2, (budget - 6 * n) // (10 + turn)))
     if kind == "arithmetic":
-        return arithmetic.sums(rng, budget // 15, split)
+        return arithmetic.sums(rng, budget // (12 + turn), split)
     if kind == "spelling":
-        return spelling.spelling(rng, max(1, budget // 24), split)
+        return spelling.spelling(rng, max(1, budget // (26 + turn)), split)
     if kind == "counting":
         return arithmetic.counting(rng, _between(rng, 3, 9), 3)
     if kind == "moves":
         n = _between(rng, 2, 4)
-        return stories.moves(rng, n, _between(rng, 1, 4), max(2, budget // 26))
+        return stories.moves(rng, n, _between(rng, 1, 4), max(2, budget // (26 + turn)))
     if kind == "passkey":
-        return stories.passkey(rng, _between(rng, 0, 6 + 12 * level), _between(rng, 1, 6 + 12 * level))
+        return stories.passkey(rng, _between(rng, 0, 5 + 10 * level), _between(rng, 1, 5 + 10 * level))
     raise ValueError(f"unknown kind of text: {kind}")
 
 
@@ -187,4 +190,7 @@ def chats(
     """n conversations (kind, messages) in random order of kinds."""
     kinds = list(shares)
     for kind in rng.choices(kinds, weights=[shares[k] for k in kinds], k=n):
-        yield kind, conversation(make_item(rng, kind, split, rng.random() ** 0.5, row_tokens=232))
+        yield (
+            kind,
+            conversation(make_item(rng, kind, split, rng.random() ** 0.5, row_tokens=250, turn_tokens=4)),
+        )

@@ -22,15 +22,14 @@ _LEAST = 200_000  # characters; a stripped installation without sources has almo
 def passages(target_chars: int = 700) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(training, held-out) passages of about `target_chars` characters, in a fixed order.
 
-    Every text goes to one side as a whole. Raises UserError where the installation carries too little text.
+    Every text goes to one side as a whole, and a paragraph that several texts share is taken once. Raises
+    UserError where the installation carries too little text.
     """
     sides: tuple[list[str], list[str]] = ([], [])
-    seen: set[int] = set()
+    seen: set[str] = set()
     for text in _texts():
         digest = zlib.crc32(text.encode(errors="replace"))
-        if digest not in seen:
-            seen.add(digest)
-            sides[digest % 16 == 0].extend(_cut(text, target_chars))
+        sides[digest % 16 == 0].extend(_cut(text, target_chars, seen))
     if sum(map(len, sides[0])) < _LEAST:
         raise UserError(
             f"The Python installation at {sysconfig.get_paths()['stdlib']} carries no source files to take"
@@ -81,8 +80,8 @@ def _docstrings(path: Path) -> list[str]:
     return found
 
 
-def _cut(text: str, target_chars: int) -> list[str]:
-    """Prose paragraphs of the text joined to passages; code, tables and grammar are left out."""
+def _cut(text: str, target_chars: int, seen: set[str]) -> list[str]:
+    """Prose paragraphs of the text joined to passages, without code, tables, grammar and what was `seen`."""
     out: list[str] = []
     current = ""
     for paragraph in re.split(r"\n\s*\n", text):
@@ -90,6 +89,9 @@ def _cut(text: str, target_chars: int) -> list[str]:
         letters = sum(c.isalpha() or c == " " for c in line)
         if len(line) < 40 or letters < 0.85 * len(line) or ">>>" in line or not line.isascii():
             continue
+        if line in seen:
+            continue
+        seen.add(line)
         if current and len(current) + len(line) > target_chars:
             out.append(current)
             current = ""
