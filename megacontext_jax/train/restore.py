@@ -1,0 +1,299 @@
+"""Reading checkpoints: verify the files, compare with what is wanted, then let Orbax place the arrays.
+
+`checkpoint` re-exports what callers need from here; the layout of a step is described there.
+"""
+
+import json
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from megacontext_jax.errors import UserError
+from megacontext_jax.train import digest
+from megacontext_jax.train.runs import step_folder, steps
+
+FORMAT = 1  # raised when an older reader would misread what is written
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `restore` brings back. `opt_state` is None if it was not asked for.
+
+    `data_states` holds the position of the data stream of every process of the run that saved.
+    """
+
+    step: int
+    params: Any
+    opt_state: Any
+    data_states: list[dict]
+    meta: dict
+    run_id: str
+
+    @property
+    def data_state(self) -> dict:
+        """The position of this process's data stream; `UserError` if another number of processes saved."""
+        saved, here = len(self.data_states), jax.process_count()
+        if saved != here:
+            raise UserError(
+                f"The checkpoint of step {self.step} was saved by {saved} processes and {here} resume it: "
+                f"the position of the data stream cannot be carried over; start {saved} processes."
+            )
+        return self.data_states[jax.process_index()]
+
+
+def restore(folder: Path, step: int | None = None, *, params_like, opt_like=None) -> Restored:
+    """Restore a step (None = the latest) onto the shapes and shardings given.
+
+    `params_like` and `opt_like` are trees of `jax.ShapeDtypeStruct` with shardings, or of arrays; they may
+    describe other devices than those that saved. Without `opt_like` the optimiser state is neither read nor
+    checked.
+    Raises `UserError` for a damaged, foreign or unfitting checkpoint, before anything is placed on a device.
+    """
+    wanted = {"params": params_like} | ({} if opt_like is None else {"opt": opt_like})
+    step, manifest = _open(folder, step, {*wanted, "data", "meta"})
+    path = step_folder(folder, step)
+    for item, like in wanted.items():
+        _require_fit(path, item, manifest["about"]["arrays"], describe(like))
+    arrays = _read_arrays(path, {item: jax.tree.map(_target, like) for item, like in wanted.items()})
+    return Restored(
+        step=step,
+        params=arrays["params"],
+        opt_state=arrays.get("opt"),
+        data_states=_read_json(path, "data")["states"],
+        meta=_read_json(path, "meta"),
+        run_id=manifest["about"]["run_id"],
+    )
+
+
+def load_params(folder: Path, step: int | None = None, params_like=None, *, sharding=None, dtype=None):
+    """The parameters of a step, for inference or for the next stage; nothing else is read or checked.
+
+    `params_like` as in `restore`, except that its dtypes may differ (arrays are converted). Without it the
+    tree is rebuilt as nested dicts from what was saved, floating arrays in `dtype` (None = as saved), placed
+    on `sharding` (None = the first local device).
+    """
+    step, manifest = _open(folder, step, {"params"})
+    path = step_folder(folder, step)
+    saved = manifest["about"]["arrays"]
+    if params_like is None:
+        structs = {name: _struct(entry, dtype, sharding) for name, entry in saved["params"].items()}
+        params_like = _nest(structs)
+    else:
+        _require_fit(path, "params", saved, describe(params_like), dtypes=False)
+    return _read_arrays(path, {"params": jax.tree.map(_target, params_like)})["params"]
+
+
+def read_meta(folder: Path, step: int | None = None) -> dict:
+    """The meta data of a step (None = the latest), digest-checked; arrays are neither read nor checked."""
+    step, _ = _open(folder, step, {"meta"})
+    return _read_json(step_folder(folder, step), "meta")
+
+
+def check_compatible(saved: dict, wanted: dict, *, where: str = "the checkpoint", remedy: str = "") -> None:
+    """Raise one `UserError` naming every key of `wanted` (dicts may nest) whose value differs from `saved`.
+
+    Values are compared as JSON (a tuple equals a list); `saved` may hold more. `where` names the checkpoint
+    in the sentence, `remedy` replaces the advice at its end.
+    """
+    known = _flat(saved)
+    differing = [
+        f"{key} is {json.dumps(known[key]) if key in known else 'absent'} there and {json.dumps(value)} here"
+        for key, value in _flat(plain(wanted)).items()
+        if key not in known or known[key] != value
+    ]
+    if differing:
+        remedy = remedy or "give the values saved there, or start another run with --fresh or --model-tag"
+        raise UserError(f"These settings do not fit {where}: {'; '.join(differing)}; {remedy}.")
+
+
+def describe(tree) -> dict[str, list]:
+    """Path in the tree ("h/c_q") -> [shape, dtype name] of every array."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): [list(np.shape(x)), jnp.result_type(x).name]
+        for path, x in leaves
+    }
+
+
+def plain(value):
+    """`value` as JSON gives it back; numpy scalars, arrays and paths are accepted."""
+    return json.loads(json.dumps(value, default=_to_json))
+
+
+def agree(error: BaseException | None) -> None:
+    """Raise `error` here and a `UserError` on the other processes if any process has one; call on all."""
+    if jax.process_count() > 1:
+        failed = multihost_utils.process_allgather(np.int32(error is not None))
+        if error is None and failed.any():
+            raise UserError(f"Process {int(failed.argmax())} stopped at a checkpoint; its message says why.")
+    if error is not None:
+        raise error
+
+
+def handler() -> ocp.CompositeCheckpointHandler:
+    """How Orbax reads and writes the four items of a step."""
+    return ocp.CompositeCheckpointHandler(
+        handler_registry=ocp.handlers.create_default_handler_registry(
+            params=ocp.StandardCheckpointHandler(),
+            opt=ocp.StandardCheckpointHandler(),
+            data=ocp.JsonCheckpointHandler(filename="data.json"),
+            meta=ocp.JsonCheckpointHandler(filename="meta.json"),
+        )
+    )
+
+
+def silence_orbax() -> None:
+    """Keep Orbax from logging a failed save ten tracebacks long; the caller gets the error and says it."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname or record.exc_info is None
+
+    logger = logging.getLogger("absl")
+    if not any(getattr(f, "__name__", "") == "keep" for f in logger.filters):
+        logger.addFilter(keep)
+
+
+def _open(folder: Path, step: int | None, items: Collection[str]) -> tuple[int, dict]:
+    """The step and its manifest, after process 0 has verified the files of `items`."""
+    step, manifest, error = step, None, None
+    try:
+        step = _pick(folder, step)
+        manifest = _verified(folder, step, items)
+    except UserError as refused:
+        error = refused
+    agree(error)
+    return step, manifest
+
+
+def _pick(folder: Path, step: int | None) -> int:
+    known = steps(folder)
+    if not known:
+        raise UserError(
+            f"{folder} holds no finished checkpoint; train that stage first, or name another --model-tag."
+        )
+    if step is None:
+        return known[-1]
+    if step not in known:
+        raise UserError(f"{folder} has no step {step}; its steps are {', '.join(map(str, known))}.")
+    return step
+
+
+def _verified(folder: Path, step: int, items: Collection[str]) -> dict:
+    try:
+        return _intact(folder, step, items)
+    except digest.Damage as damage:
+        others = sorted((s for s in steps(folder) if s != step), key=lambda s: (s < step, s), reverse=True)
+        intact = next((s for s in others if _is_intact(folder, s, items)), None)
+        remedy = f"remove or move the folder {step_folder(folder, step)}"
+        if intact is None:
+            remedy += " and start again: no other step of this run is intact"
+        else:
+            remedy += f" or restore with --step {intact}, the nearest intact step"
+        raise UserError(f"{damage.path} {damage.reason}; {remedy}.") from None
+
+
+def _intact(folder: Path, step: int, items: Collection[str]) -> dict:
+    path = step_folder(folder, step)
+    manifest = digest.read_manifest(path)
+    about = manifest["about"]
+    if about["format"] > FORMAT:
+        raise UserError(
+            f"{path} was written by a newer version (format {about['format']}, known here: {FORMAT}); "
+            "update this one."
+        )
+    if about["step"] != step:
+        raise digest.Damage(path, f"is a copy of step {about['step']} under another name")
+    if jax.process_index() == 0:
+        digest.verify(path, manifest, items)
+    return manifest
+
+
+def _is_intact(folder: Path, step: int, items: Collection[str]) -> bool:
+    try:
+        _intact(folder, step, items)
+    except (digest.Damage, UserError):
+        return False
+    return True
+
+
+def _require_fit(path: Path, item: str, saved: dict, wanted: dict, dtypes: bool = True) -> None:
+    if item not in saved:
+        raise UserError(f"{path} holds no '{item}'; it serves inference, training cannot go on from it.")
+    have = saved[item]
+    differing = []
+    for name in sorted(have.keys() | wanted.keys()):
+        a, b = have.get(name), wanted.get(name)
+        if a is None or b is None or a[0] != b[0] or (dtypes and a[1] != b[1]):
+            differing.append(f"{item}/{name} is {_show(a)} in the checkpoint and {_show(b)} here")
+    if differing:
+        more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
+        raise UserError(
+            f"{path} does not fit: {'; '.join(differing[:3])}{more}; use the model and optimiser settings it "
+            "was saved with, or start another run with --fresh or --model-tag."
+        )
+
+
+def _show(entry: list | None) -> str:
+    return "absent" if entry is None else f"{entry[1]}{entry[0]}"
+
+
+def _read_arrays(path: Path, targets: dict) -> dict:
+    with ocp.Checkpointer(handler()) as checkpointer:
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+        return dict(checkpointer.restore(path.resolve(), args=ocp.args.Composite(**items)).items())
+
+
+def _read_json(path: Path, item: str) -> dict:
+    return json.loads((path / item / f"{item}.json").read_text())
+
+
+def _target(x) -> jax.ShapeDtypeStruct:
+    sharding = getattr(x, "sharding", None) or _local()
+    return jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x), sharding=sharding)
+
+
+def _struct(entry: list, dtype, sharding) -> jax.ShapeDtypeStruct:
+    saved = jnp.dtype(entry[1])
+    dtype = dtype if dtype is not None and jnp.issubdtype(saved, jnp.floating) else saved
+    return jax.ShapeDtypeStruct(tuple(entry[0]), dtype, sharding=sharding or _local())
+
+
+def _local() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _nest(flat: dict) -> dict:
+    tree: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
+
+
+def _flat(value: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            flat |= _flat(entry, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = entry
+    return flat
+
+
+def _to_json(value):
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be stored as JSON")
