@@ -100,7 +100,7 @@ class GPTConfig:
         return counts | {"total": sum(counts.values())}
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per weight that multiplies, 12 per attention entry (nanochat's rule)."""
+        """Training FLOPs per token: 6 per weight that multiplies, 12 per attention entry (nanochat)."""
         n = self.num_params()
         attention = 12 * self.n_layer * self.n_embd * self.sequence_len
         return 6 * (n["total"] - n["wte"]) + attention

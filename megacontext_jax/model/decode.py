@@ -51,7 +51,7 @@ def prefill(
 
     Returns the float32 logits [B, V] after each row's last valid token, and the cache.
     """
-    B, T = ids_BT.shape
+    T = ids_BT.shape[1]
     rope = rope_table(cfg, jnp.arange(T), dtype)
     x_BTC = embed(params, ids_BT, dtype)
     ks, vs = [], []

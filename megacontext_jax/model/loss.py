@@ -21,7 +21,7 @@ def capped_logits(x_BTC, head_VC, softcap: float, vocab_size: int):
 
 
 def reference_nll(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int):
-    """Negative log-likelihood [B, T] in nats, 0 where the target is -1. The plain form the others are held to."""
+    """Negative log-likelihood [B, T] in nats, 0 where the target is -1: the plain form."""
     logits_BTV = capped_logits(x_BTC, head_VC, softcap, vocab_size)
     logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
     nll_BT = -jnp.take_along_axis(logp_BTV, jnp.maximum(targets_BT, 0)[..., None], axis=-1)[..., 0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from megacontext_jax.train import mesh as meshes
+from megacontext_jax import mesh as meshes
 
 
 class TrainState(NamedTuple):

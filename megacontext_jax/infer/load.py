@@ -1,0 +1,51 @@
+"""A trained model from a checkpoint, ready to evaluate or to talk to."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from megacontext_jax import mesh as meshes
+from megacontext_jax import runtime
+from megacontext_jax.config import Config
+from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.objective import Objective, abstract_params, make_objective
+from megacontext_jax.train.restore import load_params, read_meta
+from megacontext_jax.train.runs import find_run, latest_step
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    objective: Objective
+    params: dict
+    tokenizer: Tokenizer
+    folder: Path
+    step: int
+
+    @property
+    def cfg(self) -> GPTConfig:
+        return self.objective.cfg
+
+    def __str__(self) -> str:
+        return f"{self.folder.name}, step {self.step}"
+
+
+def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
+    """The model of `--source`, `--tag` and `--step`, laid out on the mesh (default: the first device)."""
+    mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    folder = find_run(config.eval.source, config.run.tag or None)
+    step = config.eval.step if config.eval.step >= 0 else latest_step(folder)
+    cfg = GPTConfig(**read_meta(folder, step)["model_config"])
+    shapes = abstract_params(cfg)
+    template = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        meshes.param_shardings(mesh, shapes),
+    )
+    params = load_params(folder, step, template)
+    objective = make_objective(
+        cfg, attention_impl=config.run.attention_impl, dtype=runtime.compute_dtype(config.run)
+    )
+    return LoadedModel(objective, params, Tokenizer.load(folder / "tokenizer"), folder, step)

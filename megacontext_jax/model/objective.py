@@ -1,0 +1,60 @@
+"""Next-token prediction with one choice of attention, dtype and recomputation, fixed before `jit`."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from megacontext_jax.model import gpt, loss
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.attention import Choice, select_attention
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The functions of a model that training and evaluation call."""
+
+    cfg: GPTConfig
+    attention: Choice
+    dtype: jnp.dtype
+    remat: str = "none"
+
+    def init(self, key) -> dict:
+        return gpt.init_params(self.cfg, key)
+
+    def hidden(self, params, ids_BT):
+        return gpt.hidden_states(
+            params,
+            self.cfg,
+            ids_BT,
+            attention=self.attention.fn,
+            dtype=self.dtype,
+            remat=self.remat,
+            unroll=jax.default_backend() == "cpu",  # faster there by a tenth, slower to compile
+        )
+
+    def loss(self, params, batch, key):
+        """(summed nats, number of targets) of a batch {"inputs", "targets"} [B, T]; differentiable."""
+        del key
+        weight = (batch["targets"] >= 0).sum().astype(jnp.float32)
+        return self._nats(loss.nll_sum, params, batch), weight
+
+    def nll(self, params, batch):
+        """Nats [B, T], 0 at ignored targets."""
+        return self._nats(loss.chunked_nll, params, batch)
+
+    def _nats(self, fn, params, batch):
+        x_BTC = self.hidden(params, batch["inputs"])
+        return fn(x_BTC, params["lm_head"], batch["targets"], self.cfg.constants.softcap, self.cfg.vocab_size)
+
+
+def make_objective(cfg: GPTConfig, *, attention_impl: str, dtype, remat: str = "none") -> Objective:
+    platform = jax.default_backend()
+    attention = select_attention(attention_impl, platform=platform, dtype=dtype, head_dim=cfg.head_dim)
+    return Objective(cfg, attention, jnp.dtype(dtype), remat)
+
+
+def abstract_params(cfg: GPTConfig):
+    """Shapes of the parameters, without making them."""
+    return jax.eval_shape(partial(gpt.init_params, cfg), jax.random.key(0))

@@ -1,0 +1,291 @@
+"""The training loop of every stage.
+
+What differs between base, mid and SFT, and later between vanilla and MegaContext training, is the data, the
+loss function and the horizon; a `Setup` carries those in, the loop asks no further.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from megacontext_jax import mesh as meshes
+from megacontext_jax.config import Config
+from megacontext_jax.errors import UserError
+from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.runtime import print0
+from megacontext_jax.telemetry import hardware, report
+from megacontext_jax.telemetry.progress import StepMeter, StepPrinter
+from megacontext_jax.telemetry.sinks import open_metrics
+from megacontext_jax.train.checkpoint import Checkpoints
+from megacontext_jax.train.schedule import lr_multiplier
+from megacontext_jax.train.step import LossFn, TrainState, abstract_state, init_state, make_train_step
+from megacontext_jax.train.stop import Stopper
+
+
+@dataclass
+class Setup:
+    """One training run, decided before any long work."""
+
+    stage: str
+    tag: str
+    folder: Path
+    config: Config
+    gpt: GPTConfig
+    mesh: Mesh
+    num_iterations: int
+    accumulation: int
+    stream: object  # iterator of {"inputs", "targets"} [rows, T] with get_state / set_state
+    init: Callable[[jax.Array], dict]
+    optimizer: object
+    loss_fn: LossFn
+    nll_fn: Callable
+    token_bytes: np.ndarray
+    validation: dict[str, Callable[[], Iterable[dict]]]  # metric name -> batches of [rows, T]
+    identity: dict  # what a resumed run must share with its checkpoint
+    description: dict  # model config, tokenizer digest: what a reader of the checkpoint needs
+    start_params: Callable[[object], dict] | None = None  # template -> parameters of the stage before
+    sample: Callable[[dict], list[dict]] | None = None  # params -> [{"prompt", "completion"}]
+    facts: dict = field(default_factory=dict)  # for the report
+
+    @property
+    def options(self):
+        return getattr(self.config, self.stage)
+
+
+class TrainingStopped(UserError):
+    """The loss is no longer a number."""
+
+
+def train(setup: Setup) -> int:
+    """Run a stage to its end; returns the exit status (0, or 128 + signal after a requested stop)."""
+    opts, mesh, n_steps = setup.options, setup.mesh, setup.num_iterations
+    key = jax.random.key(setup.config.run.seed)
+
+    # --- Checkpoints: a new run, one that goes on, or one that is done -----------------------------------
+    checkpoints = Checkpoints(setup.folder, keep=opts.keep)
+    template = abstract_state(mesh, setup.init, setup.optimizer, key)
+    resume_step = checkpoints.latest_step()
+    loop_state: dict = {}
+    if resume_step is not None:
+        meta = checkpoints.read_meta(resume_step)
+        checkpoints.check_compatible(meta["identity"], setup.identity)
+        if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
+            print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
+            checkpoints.close()
+            return 0
+        restored = checkpoints.restore(resume_step, params_like=template.params, opt_like=template.opt_state)
+        step_array = jax.device_put(np.int32(resume_step), template.step.sharding)
+        state = TrainState(restored.params, restored.opt_state, step_array)
+        setup.stream.set_state(restored.data_state)
+        loop_state = meta["loop_state"]
+        print0(f"Continuing {setup.folder.name} at step {resume_step} of {n_steps}.")
+    else:
+        state = init_state(mesh, setup.init, setup.optimizer, key)
+        if setup.start_params is not None:
+            params = setup.start_params(template.params)
+            state = state._replace(params=params)
+
+    # --- Compile once, ahead of time: no step can recompile ----------------------------------------------
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    jitted = make_train_step(setup.loss_fn, setup.optimizer, shardings, mesh, seed=setup.config.run.seed)
+    position = setup.stream.get_state()
+    batch = next_batch(setup)
+    started = time.monotonic()
+    train_step = jitted.lower(state, batch).compile()
+    print0(f"Compiled the training step in {time.monotonic() - started:.1f} s.")
+    tokens_per_step = math.prod(batch["inputs"].shape)
+    bpb_step = make_bpb_step(setup.nll_fn, setup.token_bytes, mesh)
+
+    meter = StepMeter(
+        n_steps,
+        tokens_per_step,
+        flops_per_token=setup.gpt.flops_per_token(),
+        peak_flops=hardware.total_peak_flops(setup.facts.get("compute dtype", "float32")),
+    )
+    if loop_state:
+        meter.set_state(loop_state["meter"])
+    best = loop_state.get("best", math.inf)
+    printer = StepPrinter()
+    metrics = open_metrics(
+        setup.folder,
+        stage=setup.stage,
+        run_name=setup.config.run.run,
+        config=setup.config.to_dict() | setup.description,
+        resume_step=resume_step,
+        primary=jax.process_index() == 0,
+    )
+    multiplier = lr_multiplier(
+        n_steps,
+        warmup_ratio=opts.warmup_ratio,
+        warmdown_ratio=opts.warmdown_ratio,
+        final_lr_frac=opts.final_lr_frac,
+    )
+    simulated = jax.default_backend() == "cpu" and mesh.size > 1
+    waiting: list[tuple[int, dict, float]] = []  # metrics of dispatched steps, read one step late
+    results: dict[str, float] = dict(loop_state.get("results", {}))
+
+    def take_metrics(keep: int) -> None:
+        """Read the metrics of all dispatched steps but the newest `keep`."""
+        while len(waiting) > keep:
+            at, values, began = waiting.pop(0)
+            values = {name: float(x) for name, x in values.items()}
+            ended = time.monotonic()
+            take_metrics.clock, seconds = ended, ended - max(began, take_metrics.clock)
+            if not math.isfinite(values["loss"]):
+                raise TrainingStopped(
+                    f"The loss is {values['loss']} at step {at} (last checkpoint: "
+                    f"{checkpoints.latest_step()}); lower the learning rates or look at the data of that step."
+                )
+            step_report = meter.update(
+                at,
+                values["loss"],
+                seconds,
+                lrm=float(multiplier(at)) * opts.init_lr_frac,
+                grad_norm=values["grad_norm"],
+            )
+            printer.show(step_report)
+            if at % opts.log_every == 0 or at + 1 == n_steps:
+                extra = {f"train/{name}": values[name] for name in ("param_norm", "update_norm", "weight")}
+                metrics.log(step_report.metrics() | extra | {"train/loss_step": values["loss"]}, step=at)
+
+    take_metrics.clock = time.monotonic()
+
+    def save(step: int, blocking: bool) -> None:
+        take_metrics(0)
+        meta = {
+            "stage": setup.stage,
+            "tag": setup.tag,
+            "num_iterations": n_steps,
+            "identity": setup.identity,
+            "config": setup.config.to_dict(),
+            "loop_state": {"meter": meter.get_state(), "best": best, "results": results},
+            **setup.description,
+        }
+        checkpoints.save(
+            step,
+            params=state.params,
+            opt_state=state.opt_state,
+            data_state=position,
+            meta=meta,
+            blocking=blocking,
+        )
+
+    def validate(step: int) -> None:
+        nonlocal best
+        for name, batches in setup.validation.items():
+            results[name] = bits_per_byte(bpb_step, state.params, batches(), mesh)
+        main = results["val/bpb"]
+        best = min(best, main)
+        print0(
+            f"Step {step:05d} | " + " | ".join(f"{k.split('/', 1)[1]}: {v:.6f}" for k, v in results.items())
+        )
+        metrics.log(dict(results), step=step)
+        take_metrics.clock = time.monotonic()
+
+    def show_samples() -> list[dict]:
+        samples = setup.sample(state.params) if setup.sample else []
+        for s in samples:
+            print0(f"  {s['prompt']!r} -> {s['completion']!r}")
+        take_metrics.clock = time.monotonic()
+        return samples
+
+    # --- The loop ----------------------------------------------------------------------------------------
+    step = int(resume_step or 0)
+    saved = step if resume_step is not None else -1
+    with metrics, Stopper() as stopper:
+        while True:
+            last_step = step >= n_steps
+
+            # stop here if a signal asks for it
+            stop_signal = stopper.requested(step)
+            if stop_signal:
+                if saved != step:
+                    save(step, blocking=True)
+                print0(f"Saved step {step} of {n_steps}; run the same command to continue.")
+                checkpoints.close()
+                return 128 + stop_signal
+
+            # once in a while, and before anything that comes after the last step: save
+            if (
+                saved != step
+                and step > 0
+                and (last_step or (opts.save_every > 0 and step % opts.save_every == 0))
+            ):
+                save(step, blocking=last_step)
+                saved = step
+
+            # once in a while: bits per byte on held-out text
+            if last_step or (opts.eval_every > 0 and step % opts.eval_every == 0):
+                take_metrics(0)
+                validate(step)
+
+            # once in a while: let it speak
+            samples = []
+            if last_step or (opts.sample_every > 0 and step > 0 and step % opts.sample_every == 0):
+                samples = show_samples()
+            if last_step:
+                break
+
+            # a single training step; the next batch is read while the device is busy
+            began = time.monotonic()
+            state, values = train_step(state, batch)
+            waiting.append((step, values, began))
+            step += 1
+            if step < n_steps:
+                position = setup.stream.get_state()
+                batch = next_batch(setup)
+            if simulated:
+                jax.block_until_ready(values)  # simulated devices deadlock on queued collectives
+            take_metrics(1)
+
+    checkpoints.close()
+    if jax.process_index() == 0:
+        write_report(setup, meter, results, best, samples)
+    return 0
+
+
+def next_batch(setup: Setup) -> dict:
+    """The next step's rows of this process, on the mesh as [accumulation, rows, tokens]."""
+    rows = next(setup.stream)
+    A = setup.accumulation
+    return {
+        name: meshes.global_batch(setup.mesh, rows[name].reshape(A, -1, rows[name].shape[-1]))
+        for name in ("inputs", "targets")
+    }
+
+
+def section_slug(stage: str) -> str:
+    return {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft"}[stage]
+
+
+def run_name(setup: Setup) -> str:
+    return f"{setup.folder.name}/{setup.num_iterations}"
+
+
+def write_report(setup: Setup, meter: StepMeter, results: dict, best: float, samples: list[dict]) -> None:
+    title = {"base": "Base model training", "mid": "Midtraining", "sft": "Chat SFT"}[setup.stage]
+    state = meter.get_state()
+    facts = {
+        "run": run_name(setup),
+        **setup.facts,
+        "Minimum validation bpb": best,
+        **{f"Final {name}": value for name, value in results.items()},
+        "Training tokens": state["total_tokens"],
+        "Total training time (s)": state["total_seconds"],
+        "Peak memory (GB)": hardware.peak_rss() / 1e9,
+    }
+    report.write_section(
+        section_slug(setup.stage),
+        title,
+        facts,
+        run=run_name(setup),
+        metrics=setup.folder / "metrics.jsonl",
+        samples=samples,
+    )

@@ -1,0 +1,212 @@
+"""The three training stages: which data, which loss, how long. `prepare` decides everything before any work."""
+
+import math
+from functools import partial
+
+import jax
+
+from megacontext_jax import mesh as meshes
+from megacontext_jax import runtime
+from megacontext_jax.config import Config, fixed_options
+from megacontext_jax.data import sources
+from megacontext_jax.data.conversations import conversation_stream, conversation_val_batches, estimate_tokens
+from megacontext_jax.data.stream import pretrain_stream, val_batches
+from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.errors import UserError
+from megacontext_jax.infer.samples import draw_samples
+from megacontext_jax.model.arch import GPTConfig, config_for_depth
+from megacontext_jax.model.objective import make_objective
+from megacontext_jax.runtime import print0
+from megacontext_jax.train.loop import Setup
+from megacontext_jax.train.optim import make_optimizer
+from megacontext_jax.train.restore import load_params, read_meta
+from megacontext_jax.train.runs import find_run, latest_step, run_folder, unused_tag
+
+SOURCE_STAGE = {"mid": "base", "sft": "mid"}
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def prepare(config: Config, stage: str) -> Setup:
+    """Resolve a stage: mesh, model, data, horizon, optimiser. Every mistake of the user's surfaces here."""
+    run, opts = config.run, getattr(config, stage)
+    tag = run.tag or f"d{config.model.depth}"
+    tag = unused_tag(stage, tag) if run.fresh else tag
+    folder = run_folder(stage, tag)
+    mesh = meshes.make_mesh(run.data_axis, run.fsdp_axis, run.tensor_axis)
+    seq_len = config.model.max_seq_len
+
+    source = None
+    if stage == "base":
+        text = sources.prepare_text(config)
+        tokenizer = sources.load_tokenizer(text.tokenizer_dir)
+        model = config_for_depth(
+            config.model.depth,
+            aspect_ratio=config.model.aspect_ratio,
+            head_dim=config.model.head_dim,
+            n_kv_head=config.model.n_kv_head,
+            arch=config.model.arch,
+            sequence_len=seq_len,
+            vocab_size=tokenizer.vocab_size,
+        )
+    else:
+        source = find_run(SOURCE_STAGE[stage], run.tag or f"d{config.model.depth}")
+        tokenizer = Tokenizer.load(source / TOKENIZER_FOLDER)
+        saved = read_meta(source, latest_step(source))["model_config"]
+        model = GPTConfig(**(saved | {"sequence_len": seq_len}))
+
+    rows, accumulation = batch_layout(opts, seq_len, mesh)
+    rows_here = rows // jax.process_count()
+    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    eval_rows = eval_batch_rows(opts, mesh) // jax.process_count()
+    if stage == "base":
+        data_digest = sources.fingerprint(text.train)
+        stream = pretrain_stream(
+            text.train,
+            tokenizer,
+            rows_here,
+            seq_len,
+            packing=config.data.packing,
+            num_workers=config.data.workers,
+            **here,
+        )
+        held_out = {"val/bpb": text.val} | {f"val/{name}_bpb": p for name, p in text.held_out.items()}
+        validation = {
+            name: partial(
+                val_batches, paths, tokenizer, eval_rows, seq_len, max_tokens=opts.eval_tokens, **here
+            )
+            for name, paths in held_out.items()
+        }
+    else:
+        chat = sources.conversations(config, stage)
+        data_digest = chat.train.digest
+        layout = {
+            "packing": "pad" if stage == "sft" else "stream",
+            "mask": stage == "sft" or opts.mask_prompts,
+        }
+        stream = conversation_stream(
+            chat.train,
+            tokenizer,
+            rows_here,
+            seq_len,
+            shuffle=not opts.curriculum,
+            seed=run.seed,
+            **layout,
+            **here,
+        )
+        validation = {
+            "val/bpb": partial(
+                conversation_val_batches,
+                chat.val,
+                tokenizer,
+                eval_rows,
+                seq_len,
+                max_tokens=opts.eval_tokens,
+                **layout,
+                **here,
+            )
+        }
+
+    num_iterations = horizon(stage, opts, model, stream, rows * seq_len)
+    dtype = runtime.compute_dtype(run)
+    objective = make_objective(model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat)
+    optimizer = make_optimizer(
+        opts,
+        n_embd=model.n_embd,
+        num_iterations=num_iterations,
+        ns_dtype=dtype,
+        constrain=meshes.deal_matrices(mesh),
+    )
+    identity = {
+        "model": model.to_dict(),
+        stage: fixed_options(opts),
+        "data": fixed_options(config.data) | {"files": data_digest},
+        "tokenizer": tokenizer.digest,
+        "seed": run.seed,
+        "source": source and f"{source.name} at step {latest_step(source)}",
+    }
+    n = model.num_params()
+    facts = {
+        "Depth": model.n_layer,
+        "Width": model.n_embd,
+        "Heads": f"{model.n_head} of {model.head_dim} channels, {model.n_kv_head} for keys and values",
+        "Architecture": model.arch,
+        "Vocabulary": model.vocab_size,
+        "Number of parameters": n["total"],
+        "Number of FLOPs per token": model.flops_per_token(),
+        "Calculated number of iterations": num_iterations,
+        "Number of training tokens": num_iterations * rows * seq_len,
+        "Tokens : Params ratio": num_iterations * rows * seq_len / n["total"],
+        "Tokens per step": rows * seq_len,
+        "Rows per step": f"{rows} of {seq_len} tokens in {accumulation} micro-batch(es)",
+        "Mesh": " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        "Device": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        "compute dtype": dtype.name,
+        "Attention": f"{objective.attention.name} ({objective.attention.why})",
+    }
+    width = max(map(len, facts))
+    print0(f"--- {folder.name} ---")
+    for name, value in facts.items():
+        shown = (
+            f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else value
+        )
+        print0(f"{name:<{width}} : {shown}")
+
+    if jax.process_index() == 0:
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+    return Setup(
+        stage=stage,
+        tag=tag,
+        folder=folder,
+        config=config,
+        gpt=model,
+        mesh=mesh,
+        num_iterations=num_iterations,
+        accumulation=accumulation,
+        stream=stream,
+        init=objective.init,
+        optimizer=optimizer,
+        loss_fn=objective.loss,
+        nll_fn=objective.nll,
+        token_bytes=tokenizer.token_bytes(),
+        validation=validation,
+        identity=identity,
+        description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest},
+        start_params=source and partial(load_params, source, latest_step(source)),
+        sample=partial(draw_samples, model, tokenizer, stage),
+        facts=facts,
+    )
+
+
+def batch_layout(opts, seq_len: int, mesh) -> tuple[int, int]:
+    """(rows per step over all devices, micro-batches): `device_batch_size` is a ceiling."""
+    shards = meshes.batch_shards(mesh)
+    if opts.total_batch_size % (seq_len * shards):
+        raise UserError(
+            f"--total-batch-size {opts.total_batch_size} is not a multiple of {shards} batch shards x "
+            f"{seq_len} tokens; change it or --max-seq-len."
+        )
+    rows = opts.total_batch_size // seq_len
+    per_device = min(opts.device_batch_size, rows // shards)
+    if per_device < 1 or rows % (per_device * shards):
+        raise UserError(
+            f"{rows} rows per step do not divide into micro-batches of --device-batch-size {per_device} x "
+            f"{shards} shards; choose a --device-batch-size that divides {rows // shards}."
+        )
+    return rows, rows // (per_device * shards)
+
+
+def eval_batch_rows(opts, mesh) -> int:
+    return opts.device_batch_size * meshes.batch_shards(mesh)
+
+
+def horizon(stage: str, opts, model: GPTConfig, stream, tokens_per_step: int) -> int:
+    """Number of steps: given, from a FLOP budget, from tokens per parameter (base) or epochs (mid, sft)."""
+    if opts.num_iterations > 0:
+        return opts.num_iterations
+    if opts.target_flops > 0:
+        return max(1, round(opts.target_flops / (model.flops_per_token() * tokens_per_step)))
+    if stage == "base":
+        return max(
+            1, math.floor(opts.target_param_data_ratio * model.num_params()["total"] / tokens_per_step)
+        )
+    return max(1, math.ceil(opts.num_epochs * estimate_tokens(stream) / tokens_per_step))

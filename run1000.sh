@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Train a depth-32 model on 8 H100 GPUs (about forty hours), evaluate it and chat with it.
+#
+#   bash run1000.sh                 needs 8 GPUs of 80 GB; WANDB_RUN names the wandb run
+#   bash run1000.sh --dry-run       print the plan (stages, shapes, tokens, memory, FLOPs) on any machine
+#
+# Any flag of the scripts is passed on; numbers live in configs/run1000.yaml. Interrupted? The same command
+# continues. Everything lands in artifacts/.
+
+set -euo pipefail
+cd "$(dirname "$0")"
+source scripts/common.sh
+help_wanted "$0" "$@" && exit 0
+require_accelerators run1000 "$@" || exit $?
+setup_env "$(default_python)" || exit 2
+
+python -m scripts.plan --recipe run1000 "$@" || exit $?
+case " $* " in *" --dry-run "*) exit 0 ;; esac
+TAG="$(python -m scripts.plan --recipe run1000 "$@" --print-tag)"
+stage() { python -m "scripts.$1" --recipe run1000 "${@:2}" --run "${WANDB_RUN:-dummy}" --fresh false --tag "$TAG"; }
+
+python -m megacontext_jax.telemetry.report begin
+stage prepare_data "$@" # downloads the shards; --num-shards is in the configuration
+stage tok_train "$@"
+stage tok_eval "$@"
+stage base_train "$@"
+stage base_loss "$@" -i base
+stage mid_train "$@"
+stage chat_eval "$@" -i mid
+stage chat_sft "$@"
+stage chat_eval "$@" -i sft
+python -m megacontext_jax.telemetry.report generate
+stage chat_cli "$@" -i sft --demo

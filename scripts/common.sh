@@ -1,0 +1,72 @@
+# Sourced by the recipes and by run_tests.sh: an environment in .venv, made once and checked by a stamp.
+#
+#   MEGACONTEXT_PYTHON   use this interpreter as it is and install nothing
+#   MEGACONTEXT_EXTRA    cpu, gpu or cuda13 (default: gpu if nvidia-smi answers, else cpu)
+
+say() { printf '%s\n' "$*" >&2; }
+
+find_uv() {
+  if command -v uv >/dev/null 2>&1; then
+    command -v uv
+  else
+    if [ ! -x .tools/uv/bin/uv ]; then
+      say "Installing uv into .tools/ ..."
+      python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
+        --target .tools/uv uv >&2 ||
+        { say "error: pip could not install uv; install uv by hand and run this again."; return 1; }
+    fi
+    echo .tools/uv/bin/uv
+  fi
+}
+
+# setup_env PYTHON_VERSION [uv pip install arguments]: afterwards `python` is the project's.
+setup_env() {
+  if [ -n "${MEGACONTEXT_PYTHON:-}" ]; then
+    python() { "$MEGACONTEXT_PYTHON" "$@"; }
+    return
+  fi
+  local version="$1" extra uv wanted
+  shift
+  extra="${MEGACONTEXT_EXTRA:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}"
+  wanted="$(cat pyproject.toml constraints.txt | cksum) $version $extra $*"
+  if [ "$(cat .venv/megacontext-stamp 2>/dev/null)" != "$wanted" ]; then
+    uv="$(find_uv)" || return 1
+    say "Setting up .venv (Python $version, $extra) ..."
+    "$uv" venv --quiet --clear --python "$version" .venv || return 1
+    "$uv" pip install --quiet --python .venv/bin/python -c constraints.txt -e ".[$extra]" "$@" ||
+      { say "error: the packages could not be installed; look at the lines above and run this again."; return 1; }
+    printf '%s' "$wanted" >.venv/megacontext-stamp
+  fi
+  export PATH="$PWD/.venv/bin:$PATH"
+}
+
+# The interpreter to build the environment from: 3.11 to 3.13, the one called python3 if it fits.
+default_python() {
+  python3 -c 'import sys; v = sys.version_info[:2]; print("%d.%d" % v if (3, 11) <= v <= (3, 13) else "3.12")' \
+    2>/dev/null || echo 3.12
+}
+
+# The comment block at the head of a script is its help.
+help_wanted() {
+  local word
+  for word in "${@:2}"; do
+    case "$word" in -h | --help)
+      sed -n '2,/^$/s/^# \{0,1\}//p' "$1"
+      return 0
+      ;;
+    esac
+  done
+  return 1
+}
+
+# require_accelerators CONFIG "$@": refuse before any work what this machine cannot hold.
+require_accelerators() {
+  local config="$1" needed have word
+  shift
+  for word in "$@"; do [ "$word" = --dry-run ] && return 0; done
+  needed="$(sed -n 's/^ *min_devices: *\([0-9]*\).*/\1/p' "configs/$config.yaml")"
+  have="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+  [ "$have" -ge "${needed:-0}" ] && return 0
+  say "error: $config needs $needed GPUs and this machine has $have; --dry-run prints the plan, run10.sh trains here."
+  return 2
+}
