@@ -125,6 +125,28 @@ def describe_devices() -> dict[str, Any]:
     }
 
 
+def total_peak_flops(dtype: Any = "bfloat16") -> float | None:
+    """Peak of all devices of the run together (every process), or None if one of them is unknown."""
+    import jax
+
+    peaks = [peak_flops(device.device_kind, dtype) for device in jax.devices()]
+    return None if None in peaks else sum(peaks)
+
+
+def gpu_profile() -> str:
+    """The hardware profile of run10 that fits: h200, h100, 5090 or cpu, by the memory of the largest GPU.
+
+    A smaller GPU than the 5090 profile needs, none at all, or JAX confined to the CPU: cpu.
+    """
+    if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
+        return "cpu"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "cpu"
+    memory = max((gpu["memory_bytes"] for gpu in gpus()), default=0)
+    sizes = (("h200", 120), ("h100", 70), ("5090", 30))
+    return next((name for name, gibibytes in sizes if memory >= gibibytes * 1024**3), "cpu")
+
+
 def memory_bytes(device: Any = None) -> int:
     """Bytes a JAX device (the first by default) may allocate; of a CPU device the machine's usable memory.
 
