@@ -319,8 +319,9 @@ class Progress:
     def line(self) -> str:
         """The current state as one plain line."""
         seconds = self._clock() - self._start
-        rate = (self.done - self._initial) / seconds if seconds > 0 else None
-        return progress_line(self.label, self.done, self.total, seconds, unit=self.unit, rate=rate)
+        return progress_line(
+            self.label, self.done, self.total, seconds, unit=self.unit, rate=self._rate(seconds)
+        )
 
     def close(self, failed: bool = False) -> None:
         """Prints the final line, once."""
@@ -334,7 +335,7 @@ class Progress:
                 if self.total
                 else format_quantity(self.done, self.unit)
             )
-            rate = format_rate((self.done - self._initial) / seconds if seconds > 0 else None, self.unit)
+            rate = format_rate(self._rate(seconds), self.unit)
             state = paint("stopped", "red", self._stream) + " at " if failed else ""
             text = f"{self.label}: {state}{amount} in {format_duration(seconds)} ({rate})"
             self._stream.write(f"\r\x1b[K{text}\n" if self._terminal else f"{text}\n")
@@ -345,6 +346,9 @@ class Progress:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         self.close(failed=kind is not None)
+
+    def _rate(self, seconds: float) -> float | None:
+        return (self.done - self._initial) / seconds if seconds > 0 else None
 
     def _draw(self) -> None:
         if not self._terminal:

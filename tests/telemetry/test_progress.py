@@ -213,7 +213,9 @@ def test_resumed_work_does_not_count_for_the_rate():
     stream, clock = io.StringIO(), Clock()
     with Progress("file", 100, unit="B", initial=80, stream=stream, clock=clock) as bar:
         clock.now += 10
-        bar.update(20)
+        bar.update(10)
+        assert bar.line() == "file: 90% (90 B of 100 B), 1 B/s, eta 10s"
+        bar.update(10)
     assert stream.getvalue().splitlines()[-1] == "file: 100 B of 100 B in 10s (2 B/s)"
 
 

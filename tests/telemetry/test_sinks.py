@@ -92,6 +92,12 @@ class TestJsonl:
         assert series(read_metrics(path), "train/loss")[0] == list(range(10))
         assert series(read_metrics(path), "train/loss")[1][8:] == [0.5, 0.4]
 
+    def test_training_from_the_resumed_step_on_is_taken_back_at_once(self, tmp_path):
+        path = train_run(tmp_path, 0, 11)
+        open_plain(tmp_path, resume_step=8).close()
+        assert series(read_metrics(path), "train/loss")[0] == list(range(8))
+        assert series(read_metrics(path), "val/bpb")[0] == [0, 4, 8]
+
     def test_repeated_resume_at_the_same_step_does_not_add_up(self, tmp_path):
         train_run(tmp_path, 0, 11)
         for _ in range(3):
