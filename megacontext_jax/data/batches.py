@@ -38,7 +38,9 @@ class BatchStream:
 
         Raises UserError if it belongs to other data, another tokenizer or another process count.
         """
-        saved = state.get("identity", {}) if isinstance(state, Mapping) else {}
+        if not isinstance(state, Mapping) or not {"identity", "packer"} <= set(state):
+            raise UserError("The checkpoint holds no data position; begin this stage anew with --fresh.")
+        saved = state["identity"]
         for key, sentence in _MISMATCH.items():
             then, now = saved.get(key), self.identity.get(key)
             if then != now:
