@@ -1,0 +1,1 @@
+"""Inference: cached generation on the device, sampling, the calculator tool, chat."""

@@ -1,0 +1,82 @@
+"""What the engine asks of a model: three pure functions over a cache of static shape."""
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from megacontext_jax.model import decode
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.attention import AttentionFn, reference_attention
+
+
+class Decoder(Hashable, Protocol):
+    """The functions of a model; equal decoders share their compiled programs.
+
+    A cache is a NamedTuple of arrays with the rows on axis 0 and a field `length_B`, the number of tokens
+    each row has seen.
+    """
+
+    vocab_size: int
+    window: int  # most tokens of a sequence, prompt included
+
+    def init_cache(self, batch: int, slots: int) -> Any: ...
+
+    def prefill(self, params, ids_BT, length_B, cache) -> tuple[jax.Array, Any]:
+        """Logits [B, V] after each right-padded prompt, and the filled cache."""
+
+    def decode_step(self, params, ids_B, cache) -> tuple[jax.Array, Any]:
+        """Logits [B, V] after one more token per row, and the cache."""
+
+
+F32 = np.dtype("float32")
+
+
+class Model(NamedTuple):
+    """A decoder and its parameters."""
+
+    decoder: Decoder
+    params: Any
+
+
+@dataclass(frozen=True)
+class GPTDecoder:
+    """The GPT of `model/`, with one choice of prefill attention and activation dtype."""
+
+    cfg: GPTConfig
+    attention: AttentionFn = reference_attention
+    dtype: np.dtype = F32
+
+    @property
+    def vocab_size(self) -> int:
+        return self.cfg.vocab_size
+
+    @property
+    def window(self) -> int:
+        return self.cfg.sequence_len
+
+    def init_cache(self, batch, slots):
+        return decode.init_cache(self.cfg, batch, slots, self.dtype)
+
+    def prefill(self, params, ids_BT, length_B, cache):
+        return decode.prefill(
+            params, self.cfg, ids_BT, length_B, cache, attention=self.attention, dtype=self.dtype
+        )
+
+    def decode_step(self, params, ids_B, cache):
+        return decode.decode_step(params, self.cfg, ids_B, cache, dtype=self.dtype)
+
+
+def gpt_model(
+    params, cfg: GPTConfig, *, attention: AttentionFn = reference_attention, dtype="float32"
+) -> Model:
+    """A GPT ready to generate: weights in the dtype they are used in, one array per layer.
+
+    `params` is the training pytree (float32, layers stacked). Casting once matters: decoding reads every
+    weight for every token.
+    """
+    dtype = np.dtype(dtype)
+    unstacked = jax.jit(lambda p: decode.unstack_layers(jax.tree.map(lambda w: w.astype(dtype), p)))
+    return Model(GPTDecoder(cfg, attention, dtype), unstacked(params))
