@@ -132,9 +132,7 @@ def _read_parquet(path: Path) -> pa.ChunkedArray:
     try:
         return pq.read_table(path, columns=["messages"], use_threads=False).column("messages")
     except (pa.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}); it is damaged: make or download it again."
-        ) from error
+        raise UserError(f"{path} is damaged or incomplete; make or download it again.") from error
 
 
 def _read_lines(path: Path) -> list[tuple[int, str]]:

@@ -228,7 +228,7 @@ def _read(path: Path) -> pa.Table:
     try:
         return pq.read_table(path, use_threads=False)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and download it again.") from error
+        raise UserError(f"{path} is damaged or incomplete; make or download it again.") from error
 
 
 class WordTask:
@@ -348,8 +348,10 @@ def _download_hub(data: HubSet, data_dir: Path, hub: str) -> list[Path]:
         return [folder / name for name in json.loads(manifest.read_text("utf-8"))]
     listing.unlink(missing_ok=True)  # the hub may have changed since an interrupted download
     address = f"{hub}/api/datasets/{data.repo}/parquet/{data.subset}/{data.split}"
-    download([(address, listing)], check=_check_listing, label=f"list of {label}")
-    urls = json.loads(listing.read_text("utf-8"))
+    download([(address, listing)], check=None, label=f"list of {label}")
+    urls = _urls(listing.read_bytes())
+    if not urls:
+        raise UserError(f"{address} did not give a list of parquet files; check HF_ENDPOINT and try again.")
     names = [f"{i:05d}.parquet" for i in range(len(urls))]
     paths = download(zip(urls, (folder / name for name in names), strict=True), label=label)
     write_bytes(manifest, json.dumps(names).encode())
@@ -357,13 +359,13 @@ def _download_hub(data: HubSet, data_dir: Path, hub: str) -> list[Path]:
     return paths
 
 
-def _check_listing(path: Path) -> None:
+def _urls(listing: bytes) -> list[str]:
+    """The hub's answer, empty if it is not a list of addresses."""
     try:
-        urls = json.loads(path.read_text("utf-8"))
+        urls = json.loads(listing)
     except ValueError:
-        urls = None
-    if not isinstance(urls, list) or not urls or not all(isinstance(url, str) for url in urls):
-        raise UserError("The hub's answer is not a list of parquet files; check HF_ENDPOINT and try again.")
+        return []
+    return urls if isinstance(urls, list) and all(isinstance(url, str) for url in urls) else []
 
 
 def main(argv: list[str]) -> int:
