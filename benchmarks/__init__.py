@@ -1,0 +1,1 @@
+"""Programs that print a roofline, a measurement and one JSON line."""

@@ -1,0 +1,210 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megacontext_jax.errors import UserError
+from megacontext_jax.model import decode, gpt, loss
+from megacontext_jax.model.arch import ARCHS, GPTConfig, config_for_depth
+from megacontext_jax.model.attention import (
+    blocked_attention,
+    reference_attention,
+    select_attention,
+)
+from megacontext_jax.model.objective import make_objective
+from tests.model.nanochat_weights import by_name, params_from
+
+TINY = GPTConfig("pocket", sequence_len=48, vocab_size=250, n_layer=3, n_head=4, n_kv_head=2, n_embd=64)
+CASES = {
+    "classic_mha": GPTConfig("classic", 64, 256, n_layer=2, n_head=2, n_kv_head=2, n_embd=64),
+    "classic_gqa": GPTConfig("classic", 64, 256, n_layer=2, n_head=4, n_kv_head=2, n_embd=64),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    params = gpt.init_params(TINY, jax.random.key(0))
+    ids_BT = jax.random.randint(jax.random.key(1), (2, 48), 0, TINY.vocab_size)
+    return params, ids_BT
+
+
+def relative(a, b):
+    """Largest error relative to the largest value (to 1e-3 where all values are tiny)."""
+    return float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(b).max(), 1e-3))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_loss_and_gradients_equal_pytorch_nanochat(case, golden):
+    cfg, z = CASES[case], np.load(golden / f"nanochat/{case}.npz")
+    params = params_from(z, cfg.n_layer)
+    logits_BTV = gpt.forward(params, cfg, z["input_ids"])
+    np.testing.assert_allclose(logits_BTV, z["logits"], atol=2e-5)
+    assert (logits_BTV.argmax(-1) == z["logits"].argmax(-1)).all()
+    objective = make_objective(cfg, attention_impl="auto", dtype="float32")
+    for suffix in ("", "_masked"):
+        batch = {"inputs": z["input_ids"], "targets": z[f"targets{suffix}"]}
+
+        def mean(params, batch=batch):
+            total, weight = objective.loss(params, batch, None)
+            return total / weight
+
+        value, grads = jax.value_and_grad(mean)(params)
+        assert abs(float(value) - float(z[f"loss{suffix}"])) < 2e-6
+        norms = {name: np.linalg.norm(g) for name, g in by_name(grads).items()}
+        ours = [norms[name] for name in z["param_names"]]
+        np.testing.assert_allclose(ours, z[f"grad_norms{suffix}"], rtol=1e-5)
+    nll_BT = objective.nll(params, {"inputs": z["input_ids"], "targets": z["targets"]})
+    np.testing.assert_allclose(nll_BT.ravel(), z["loss_none"].ravel(), atol=3e-5)
+
+
+@pytest.mark.parametrize("T", [1, 47, 64, 130])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1)])
+def test_blocked_attention_equals_the_reference(T, heads):
+    H, K = heads
+    q, k, v, g = (jax.random.normal(jax.random.key(i), (2, T, n, 16)) for i, n in enumerate((H, K, K, H)))
+
+    def run(fn):
+        out, vjp = jax.vjp(fn, q, k, v)
+        return out, *vjp(g)
+
+    for ours, wanted in zip(run(blocked_attention), run(reference_attention), strict=True):
+        assert float(jnp.abs(ours - wanted).max()) < 5e-6 * max(1.0, float(jnp.abs(wanted).max()))
+
+
+def test_blocked_attention_in_bfloat16_stays_near_float32():
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 96, 2, 32)) for i in range(3))
+    half = blocked_attention(*(x.astype(jnp.bfloat16) for x in (q, k, v)))
+    assert half.dtype == jnp.bfloat16
+    assert relative(half.astype(jnp.float32), reference_attention(q, k, v)) < 2e-2
+
+
+@pytest.mark.parametrize("vocab", [250, 256])
+def test_fused_loss_equals_the_plain_one(vocab, monkeypatch):
+    x_BTC = jax.random.normal(jax.random.key(0), (3, 32, 24))
+    head_VC = 3 * jax.random.normal(jax.random.key(1), (256, 24))  # saturates the soft cap
+    targets_BT = jax.random.randint(jax.random.key(2), (3, 32), -1, vocab).at[1].set(-1)
+    monkeypatch.setattr(loss, "_num_slices", lambda shape, vocab: 4)
+
+    def total(fn):
+        return lambda x, w: 0.37 * fn(x, w, targets_BT, 15.0, vocab).sum()
+
+    fused, grads = jax.value_and_grad(total(loss.nll_sum), argnums=(0, 1))(x_BTC, head_VC)
+    plain, wanted = jax.value_and_grad(total(loss.reference_nll), argnums=(0, 1))(x_BTC, head_VC)
+    assert relative(fused, plain) < 1e-6
+    for ours, expected in zip(grads, wanted, strict=True):
+        assert relative(ours, expected) < 1e-5
+    chunked = loss.chunked_nll(x_BTC, head_VC, targets_BT, 15.0, vocab)
+    assert relative(chunked, loss.reference_nll(x_BTC, head_VC, targets_BT, 15.0, vocab)) < 1e-6
+    assert float(jnp.abs(chunked[1]).max()) == 0.0
+
+
+def test_a_batch_without_targets_has_no_loss_and_no_gradient(tiny):
+    params, ids_BT = tiny
+    objective = make_objective(TINY, attention_impl="reference", dtype="float32")
+    batch = {"inputs": ids_BT, "targets": jnp.full_like(ids_BT, -1)}
+    (total, weight), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, batch, None)
+    assert float(total) == 0.0
+    assert float(weight) == 0.0
+    assert all(float(jnp.abs(g).max()) == 0.0 for g in jax.tree.leaves(grads))
+
+
+def test_no_token_sees_the_future(tiny):
+    params, ids_BT = tiny
+    rope = gpt.rope_table(TINY, jnp.arange(48), jnp.float32)
+
+    def early_logits(x_BTC, fn):
+        """The first layer's output at positions below 20, as a function of all embeddings."""
+        layer = jax.tree.map(lambda w: w[0], params["h"])
+        return gpt.close_block(layer, x_BTC, fn(*gpt.qkv(layer, TINY, x_BTC, rope)))[:, :20]
+
+    x_BTC = gpt.embed(params, ids_BT, jnp.float32)
+    for fn in (blocked_attention, reference_attention):
+        g_BTC = jax.grad(lambda x, fn=fn: jnp.square(early_logits(x, fn)).sum())(x_BTC)
+        seen_T = jnp.abs(g_BTC).max(axis=(0, 2))
+        assert (seen_T[:20] > 0).all()
+        assert (seen_T[20:] == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"unroll": True}, {"remat": "full"}, {"remat": "dots"}])
+def test_unrolling_and_recomputation_change_nothing(tiny, options):
+    params, ids_BT = tiny
+
+    direction_C = jax.random.normal(jax.random.key(2), (TINY.n_embd,))
+
+    def value(params, **options):
+        return (gpt.hidden_states(params, TINY, ids_BT, **options) @ direction_C).sum()
+
+    plain, wanted = jax.value_and_grad(value)(params)
+    other, grads = jax.value_and_grad(lambda p: value(p, **options))(params)
+    assert relative(other, plain) < 1e-6
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: relative(a, b) < 1e-4, grads, wanted)))
+
+
+def test_decoding_rows_of_different_lengths_equals_the_full_forward(tiny):
+    params, ids_BT = tiny
+    full_BTV = gpt.forward(params, TINY, ids_BT)
+    unstacked = decode.unstack_layers(params)
+    rows, length_B = np.arange(2), np.array([5, 21])
+    cache = decode.init_cache(TINY, 2, 48)
+    step = jax.jit(lambda ids, cache: decode.decode_step(unstacked, TINY, ids, cache))
+    logits_BV, cache = decode.prefill(unstacked, TINY, ids_BT[:, :24], jnp.array(length_B), cache)
+    for t in range(20):
+        at = length_B + t
+        np.testing.assert_allclose(logits_BV, full_BTV[rows, at - 1], atol=2e-5)
+        logits_BV, cache = step(ids_BT[rows, at], cache)
+    assert cache.length_B.tolist() == [25, 41]
+
+
+def test_sizes_follow_nanochat_by_depth(golden):
+    import json
+
+    for row in json.loads((golden / "nanochat/scaling_classic.json").read_text()):
+        cfg = config_for_depth(row["depth"], vocab_size=65536, sequence_len=2048)
+        assert (cfg.n_embd, cfg.n_head, cfg.head_dim) == (row["model_dim"], row["n_head"], row["head_dim"])
+        assert cfg.num_params()["total"] == row["num_params"]
+        assert cfg.flops_per_token() == row["flops_per_token"]
+
+
+def test_initial_parameters_have_nanochats_statistics():
+    params = gpt.init_params(config_for_depth(4, vocab_size=512, sequence_len=64), jax.random.key(0))
+    assert abs(float(params["wte"].std()) - 1.0) < 0.01
+    assert abs(float(params["h"]["c_q"].std()) - 1 / 16) < 1e-3
+    assert abs(float(params["h"]["c_fc"].std()) - 1 / 16) < 1e-3
+    for name in ("attn_proj", "mlp_proj"):
+        assert float(jnp.abs(params["h"][name]).max()) == 0.0
+    assert float(jnp.abs(params["lm_head"]).max()) == 0.0
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_attention_sharpness_is_the_architectures(arch):
+    cfg = GPTConfig(arch, 8, 64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+    layer = jax.tree.map(lambda w: w[0], gpt.init_params(cfg, jax.random.key(0))["h"])
+    x = jax.random.normal(jax.random.key(1), (1, 8, 32))
+    q, k, _ = gpt.qkv(layer, cfg, x, gpt.rope_table(cfg, jnp.arange(8), x.dtype))
+    for y in (q, k):
+        rms = jnp.sqrt(jnp.square(y).mean(-1))
+        np.testing.assert_allclose(rms, cfg.constants.qk_scale, rtol=1e-3)
+
+
+def test_impossible_shapes_and_choices_are_refused_in_one_sentence():
+    for make, word in [
+        (lambda: GPTConfig("baroque"), "baroque"),
+        (lambda: GPTConfig(n_embd=100, n_head=3, n_kv_head=3), "100"),
+        (lambda: GPTConfig(n_head=6, n_kv_head=4), "4"),
+        (lambda: config_for_depth(0), "depth 0"),
+        (lambda: select_attention("flash", platform="cpu", dtype="float32", head_dim=64), "flash"),
+        (lambda: select_attention("cudnn", platform="cpu", dtype="bfloat16", head_dim=64), "cpu"),
+    ]:
+        with pytest.raises(UserError, match=word):
+            make()
+
+
+def test_dispatch_says_what_it_chose_and_why():
+    choice = select_attention("auto", platform="cpu", dtype="float32", head_dim=64)
+    assert choice.name == "blocked"
+    assert choice.why
+    choice = select_attention("auto", platform="gpu", dtype="bfloat16", head_dim=128)
+    assert choice.name == "cudnn"
+    choice = select_attention("auto", platform="gpu", dtype="float32", head_dim=128)
+    assert choice.name == "xla"
+    assert "float32" in choice.why
