@@ -17,7 +17,7 @@ setup_env "$(default_python)" || exit 2
 python -m scripts.plan --recipe speedrun "$@" || exit $?
 case " $* " in *" --dry-run "*) exit 0 ;; esac
 TAG="$(python -m scripts.plan --recipe speedrun "$@" --print-tag)"
-stage() { python -m "scripts.$1" --recipe speedrun "${@:2}" --run "${WANDB_RUN:-dummy}" --fresh false --tag "$TAG"; }
+stage() { python -m "scripts.$1" --recipe speedrun "${@:2}" --run "${WANDB_RUN:-}" --fresh false --tag "$TAG"; }
 
 python -m megacontext_jax.telemetry.report begin
 stage prepare_data "$@" # downloads the shards; --num-shards is in the configuration

@@ -27,7 +27,7 @@ def option(default, help: str, *, free: bool = False, choices: tuple = ()):
 @dataclass(frozen=True)
 class RunConfig:
     recipe: str = option("", "which recipe this is part of", free=True)
-    run: str = option("dummy", "wandb run name; dummy logs to JSONL only", free=True)
+    run: str = option("", "wandb run name (default: the run folder); dummy = no wandb", free=True)
     tag: str = option("", "checkpoint tag (default d<depth>)", free=True)
     dry_run: bool = option(False, "print the plan and stop (recipes)", free=True)
     print_tag: bool = option(False, "print the checkpoint tag of this recipe and stop (plan)", free=True)

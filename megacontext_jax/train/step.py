@@ -80,9 +80,9 @@ def make_train_step(loss_fn: LossFn, optimizer, shardings: TrainState, mesh: Mes
         metrics = {
             "loss": loss / weight,
             "weight": weight,
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(state.params),
-            "update_norm": optax.global_norm(updates),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(state.params),
+            "update_norm": optax.tree.norm(updates),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 
