@@ -18,8 +18,8 @@ it. A damaged step is refused by name, never skipped. Digests are taken from the
 tell what happened to a checkpoint since then; they cannot tell what went wrong in memory before.
 """
 
+import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -31,16 +31,14 @@ from importlib import metadata
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from megacontext_jax.errors import UserError
 from megacontext_jax.train import digest
+from megacontext_jax.train.processes import agree, gather_json
 from megacontext_jax.train.restore import (
     FORMAT,
     Restored,
-    agree,
     check_compatible,
     describe,
     handler,
@@ -106,7 +104,7 @@ class Checkpoints:
         self._lock: FolderLock | None = None
         silence_orbax()
         self._on_primary(self._take_folder)
-        self._orbax = ocp.AsyncCheckpointer(handler(), timeout_secs=3600)
+        self._orbax = _new_orbax()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -161,7 +159,7 @@ class Checkpoints:
             "run_id": self.run_id,
             "arrays": {name: describe(tree) for name, tree in trees.items()},
         }
-        states = _gather(plain(data_state))
+        states = gather_json(plain(data_state))
         need = sum(x.nbytes for x in jax.tree.leaves(trees) if hasattr(x, "nbytes"))
         self._on_primary(lambda: self._make_room(step, need))
         draft = self._draft(step)
@@ -171,8 +169,8 @@ class Checkpoints:
         try:
             self._orbax.save(draft, args=ocp.args.Composite(**items))
         except Exception as failed:
-            error = self._explain(failed, step)
-        agree(error)
+            error = failed
+        self._agree_on_save(error, step)
         blocked = time.perf_counter() - started
         self._saving = step
         self._thread = threading.Thread(
@@ -194,7 +192,7 @@ class Checkpoints:
         self._thread.join()
         step, error = self._saving, self._error
         self._thread = self._saving = self._error = None
-        agree(None if error is None else self._explain(error, step))
+        self._agree_on_save(error, step)
 
     def close(self) -> None:
         """Wait for the save under way, then let go of the folder."""
@@ -303,11 +301,19 @@ class Checkpoints:
                 f"then run the same command again ({self._intact()})."
             )
 
+    def _agree_on_save(self, error: BaseException | None, step: int) -> None:
+        """Raise on every process if the save of `step` failed on any."""
+        try:
+            agree(None if error is None else self._explain(error, step))
+        except BaseException:
+            old, self._orbax = self._orbax, _new_orbax()  # the old one would repeat some errors for ever
+            with contextlib.suppress(Exception):
+                old.close()
+            raise
+
     def _explain(self, error: BaseException, step: int) -> BaseException:
         """A `UserError` for trouble with the disk, else the error itself; what was written is taken back."""
-        if self._primary:
-            for path in self._drafts(step):
-                shutil.rmtree(path, ignore_errors=True)
+        self._drop(step)
         reason = _disk_reason(error)
         if reason is None or isinstance(error, UserError):
             return error
@@ -315,6 +321,16 @@ class Checkpoints:
             f"The checkpoint of step {step} could not be written to {self.folder} ({reason}); free some "
             f"space or make the folder writable, then run the same command again ({self._intact()})."
         )
+
+    def _drop(self, step: int) -> None:
+        """Delete what a failed save wrote; other items of it may be writing still, so look more than once."""
+        for _ in range(20 if self._primary else 0):
+            drafts = self._drafts(step)
+            if not drafts:
+                break
+            for path in drafts:
+                shutil.rmtree(path, ignore_errors=True)
+            time.sleep(0.05)
 
     def _intact(self) -> str:
         last = self.latest_step()
@@ -338,6 +354,10 @@ class Checkpoints:
         agree(error)
 
 
+def _new_orbax() -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(handler(), timeout_secs=3600)
+
+
 def versions() -> dict[str, str]:
     """Versions of the libraries that wrote a checkpoint."""
     found = {}
@@ -347,18 +367,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _gather(state: dict) -> list[dict]:
-    """The data states of all processes, in order."""
-    if jax.process_count() == 1:
-        return [state]
-    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(text.size))
-    padded = np.zeros(int(lengths.max()), np.uint8)
-    padded[: text.size] = text
-    rows = multihost_utils.process_allgather(padded)
-    return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths, strict=True)]
 
 
 def _disk_reason(error: BaseException) -> str | None:

@@ -5,8 +5,10 @@
 
 import json
 import logging
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from megacontext_jax.errors import UserError
 from megacontext_jax.train import digest
+from megacontext_jax.train.processes import agree
 from megacontext_jax.train.runs import step_folder, steps
 
 FORMAT = 1  # raised when an older reader would misread what is written
@@ -128,16 +130,6 @@ def plain(value):
     return json.loads(json.dumps(value, default=_to_json))
 
 
-def agree(error: BaseException | None) -> None:
-    """Raise `error` here and a `UserError` on the other processes if any process has one; call on all."""
-    if jax.process_count() > 1:
-        failed = multihost_utils.process_allgather(np.int32(error is not None))
-        if error is None and failed.any():
-            raise UserError(f"Process {int(failed.argmax())} stopped at a checkpoint; its message says why.")
-    if error is not None:
-        raise error
-
-
 def handler() -> ocp.CompositeCheckpointHandler:
     """How Orbax reads and writes the four items of a step."""
     return ocp.CompositeCheckpointHandler(
@@ -151,14 +143,24 @@ def handler() -> ocp.CompositeCheckpointHandler:
 
 
 def silence_orbax() -> None:
-    """Keep Orbax from logging a failed save ten tracebacks long; the caller gets the error and says it."""
+    """Let a failed save be one sentence: its error reaches the caller, who says it.
 
-    def keep(record: logging.LogRecord) -> bool:
-        return "orbax" not in record.pathname or record.exc_info is None
-
+    Orbax also logs every failed future with a long traceback, and abandons the other writes of the item, which
+    then complain one by one that their event loop is closed.
+    """
     logger = logging.getLogger("absl")
-    if not any(getattr(f, "__name__", "") == "keep" for f in logger.filters):
-        logger.addFilter(keep)
+    if _not_a_failed_future not in logger.filters:
+        logger.addFilter(_not_a_failed_future)
+        sys.unraisablehook = partial(_unless_abandoned, sys.unraisablehook)
+
+
+def _not_a_failed_future(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or record.exc_info is None
+
+
+def _unless_abandoned(show, unraisable) -> None:
+    if unraisable.object is not None or str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
 
 
 def _open(folder: Path, step: int | None, items: Collection[str]) -> tuple[int, dict]:
