@@ -136,7 +136,7 @@ def test_unrolling_and_recomputation_change_nothing(tiny, options):
 
     plain, wanted = jax.value_and_grad(value)(params)
     other, grads = jax.value_and_grad(lambda p: value(p, **options))(params)
-    assert relative(other, plain) < 1e-6
+    assert relative(other, plain) < 1e-5  # a sum of 6,000 terms of both signs
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: relative(a, b) < 1e-4, grads, wanted)))
 
 
