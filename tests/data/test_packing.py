@@ -102,7 +102,7 @@ def test_concat_is_the_text_in_order_once(documents, batch_size, seq_len):
     batches = list(make("concat", documents, batch_size, seq_len))
     tokens = [token for document in documents for token in document]
     step = batch_size * seq_len + 1
-    assert len(batches) == -(-max(0, len(tokens) - 1) // step) or len(tokens) % step == 1
+    assert len(batches) == len(tokens) // step + (len(tokens) % step >= 2)
     for i, batch in enumerate(batches):
         part = tokens[i * step : (i + 1) * step]
         inputs, targets = batch["inputs"].ravel(), batch["targets"].ravel()
