@@ -95,7 +95,7 @@ def make(kind: str, n: int, seed: int) -> list[Example]:
     tries = 0
     while len(examples) < n:
         tries += 1
-        if tries > 1000 * n + 1000:
+        if tries > 200 * n + 10_000:
             raise UserError(
                 f"There are only {len(examples)} different questions of kind {kind!r}; ask for fewer."
             )

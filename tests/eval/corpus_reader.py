@@ -9,7 +9,6 @@ PLACE = [
     r"You can find the (?P<k>\w+) in the (?P<v>\w+)\.",
     r"\w+ (?:carried|moved) the (?P<k>\w+) to the (?P<v>\w+)\.",
     r"Look for the (?P<k>\w+) in the (?P<v>\w+)\.",
-    r"In the (?P<v>\w+) stood the (?P<k>\w+)\.",
 ]
 STORY = {
     "Where is the (\\w+)\\?": ("The {k} is in the {v}.", PLACE),
@@ -17,9 +16,8 @@ STORY = {
         "The {k} is {v}.",
         [
             r"\w+ painted the (?P<k>\w+) (?P<v>\w+)\.",
-            r"The (?P<k>\w+) (?:was|looked|is)(?: bright)? (?P<v>\w+)\.",
+            r"The (?P<k>\w+) (?:was|looked|turned|is)(?: bright)? (?P<v>\w+)\.",
             r"\w+ made the (?P<k>\w+) dark (?P<v>\w+)\.",
-            r"The (?P<k>\w+) of \w+ is (?P<v>\w+)\.",
             r"Everyone knew the (?P<k>\w+) was (?P<v>\w+)\.",
         ],
     ),
@@ -73,17 +71,39 @@ def _two_hop(prompt: str) -> str:
     return f"A: {key} {pairs[key]} {pairs[pairs[key]]}."
 
 
+def _recall(prompt: str) -> str:
+    body, keys = re.fullmatch(r"Ledger: (.*)\. Q: ([\w, ]+)\?", prompt).groups()
+    pairs = dict(pair.split() for pair in body.split("; "))
+    return "A: " + "; ".join(f"{key} {pairs[key]}" for key in keys.split(", ")) + "."
+
+
+def _last_told(text: str, key: str, forms: list[str]) -> str | None:
+    """The value that the last fitting sentence gives the key."""
+    found = [
+        (match.start(), match["v"])
+        for form in forms
+        for match in re.finditer(rf"(?:^|(?<=[. ])){form}", text)
+        if match["k"] == key
+    ]
+    return max(found)[1] if found else None
+
+
 def _story(prompt: str) -> str:
     ask = next(ask for ask in STORY if re.search(ask + "$", prompt))
     answer, forms = STORY[ask]
     question = re.search(ask + "$", prompt)
-    key = question[1]
-    found = []
-    for form in forms:
-        for match in re.finditer(rf"(?:^|(?<=[. ])){form}", prompt[: question.start()]):
-            if match["k"] == key:
-                found.append((match.start(), match["v"]))
-    return answer.format(k=key, v=max(found)[1])
+    return answer.format(k=question[1], v=_last_told(prompt[: question.start()], question[1], forms))
+
+
+def _retell(prompt: str) -> str:
+    text, keys = re.fullmatch(r"(.*) Tell of ([\w, ]+)\.", prompt).groups()
+    sentences = []
+    for key in keys.split(", "):
+        values = [(answer, _last_told(text, key, forms)) for answer, forms in STORY.values()]
+        told = [answer.format(k=key, v=v) for answer, v in values if v]
+        assert len(told) == 1, (key, told)
+        sentences += told
+    return " ".join(sentences)
 
 
 def _passkey(prompt: str) -> str:
@@ -108,6 +128,8 @@ def _spelling(prompt: str) -> str:
 
 _READERS = {
     "ledger": _ledger,
+    "recall": _recall,
+    "retell": _retell,
     "two_hop": _two_hop,
     "facts": _story,
     "plain_facts": _story,

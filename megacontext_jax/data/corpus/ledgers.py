@@ -52,15 +52,24 @@ def ledger(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
     return Item("ledger", f"Ledger: {_listing(keys, values)}.", questions)
 
 
-def recall(rng: random.Random, n_pairs: int, n_copies: int) -> str:
-    """A ledger written again in other orders: one recall per three tokens, the densest text of all."""
+def recall(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
+    """`Ledger: ... Q: Ida, Amos? A: Ida station; Amos smith.`: every key asked at once, in another order.
+
+    One recall per three tokens of the answer: the densest text of all.
+    """
     keys, values = _pairs(rng, n_pairs)
     pairs = list(zip(keys, values, strict=True))
-    lines = [f"Ledger: {_listing(keys, values)}."]
-    for _ in range(n_copies):
-        rng.shuffle(pairs)
-        lines.append("Again: " + "; ".join([f"{k} {v}" for k, v in pairs]) + ".")
-    return " ".join(lines)
+    questions = []
+    for _ in range(n_questions):
+        pairs = rng.sample(pairs, len(pairs)) if rng.random() < 0.5 else _turned(rng, pairs)
+        answer = "; ".join([f"{k} {v}" for k, v in pairs])
+        questions.append(Question(f"Q: {', '.join([k for k, _ in pairs])}?", f"A: {answer}.", 0.0))
+    return Item("recall", f"Ledger: {_listing(keys, values)}.", tuple(questions))
+
+
+def recall_document(item: Item) -> str:
+    """The ledger written again in other orders, without the questions."""
+    return " ".join([item.statement, *("Again" + q.answer.removeprefix("A") for q in item.questions)])
 
 
 def two_hop(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
@@ -76,6 +85,12 @@ def two_hop(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
     chance = distinct(places)
     questions = tuple([Question(f"Q: {a}?", f"A: {a} {b} {c}.", chance) for a, b, c in asked])
     return Item("two_hop", f"Chain: {'; '.join(links)}.", questions)
+
+
+def _turned(rng: random.Random, things: list) -> list:
+    """The same order from another start: nothing in the copy is a surprise."""
+    cut = int(rng.random() * len(things))
+    return things[cut:] + things[:cut]
 
 
 def _order(rng: random.Random, things: list, n: int) -> list:

@@ -11,62 +11,29 @@ from megacontext_jax.data.corpus.world import Item, conversation, document, spli
 # Shares of characters at points of the run (0 = first document, 1 = last), linear in between: dense recall
 # first, then the kinds that ride on it, then long documents.
 CURRICULUM: tuple[tuple[float, dict[str, float]], ...] = (
-    (0.0, {"recall": 30, "ledger": 30, "facts": 20, "english": 15, "arithmetic": 2, "spelling": 3}),
+    (0.0, {"recall": 65, "ledger": 10, "retell": 5, "english": 15, "arithmetic": 2, "spelling": 3}),
     (
-        0.4,
-        {
-            "recall": 10,
-            "ledger": 20,
-            "facts": 36,
-            "english": 18,
-            "arithmetic": 4,
-            "spelling": 3,
-            "two_hop": 4,
-            "counting": 1,
-            "moves": 2,
-            "passkey": 1,
-            "long": 1,
-        },
+        0.25,
+        {"recall": 35, "ledger": 20, "retell": 12, "facts": 8, "english": 16, "arithmetic": 4, "spelling": 3}
+        | {"two_hop": 2},
+    ),
+    (
+        0.5,
+        {"recall": 8, "ledger": 15, "retell": 20, "facts": 24, "english": 18, "arithmetic": 4, "spelling": 3}
+        | {"two_hop": 4, "moves": 1, "counting": 1, "passkey": 1, "long": 1},
     ),
     (
         1.0,
-        {
-            "recall": 3,
-            "ledger": 15,
-            "facts": 40,
-            "english": 20,
-            "arithmetic": 4,
-            "spelling": 3,
-            "two_hop": 4,
-            "counting": 1,
-            "moves": 3,
-            "passkey": 1,
-            "long": 6,
-        },
+        {"recall": 3, "ledger": 10, "retell": 12, "facts": 35, "english": 20, "arithmetic": 4, "spelling": 3}
+        | {"two_hop": 4, "moves": 2, "counting": 1, "passkey": 1, "long": 5},
     ),
 )
 
 # Shares of conversations.
-MID = {
-    "ledger": 28,
-    "facts": 46,
-    "two_hop": 8,
-    "arithmetic": 6,
-    "spelling": 4,
-    "moves": 4,
-    "passkey": 2,
-    "counting": 2,
-}
-SFT = {
-    "ledger": 28,
-    "facts": 46,
-    "two_hop": 8,
-    "arithmetic": 6,
-    "spelling": 4,
-    "moves": 4,
-    "passkey": 2,
-    "counting": 2,
-}
+MID = {"recall": 14, "ledger": 16, "retell": 20, "facts": 30, "two_hop": 6, "arithmetic": 5, "spelling": 3}
+MID |= {"moves": 3, "passkey": 1, "counting": 2}
+SFT = {"recall": 4, "ledger": 22, "retell": 12, "facts": 40, "two_hop": 7, "arithmetic": 5, "spelling": 3}
+SFT |= {"moves": 4, "passkey": 1, "counting": 2}
 
 
 def shares_at(position: float) -> dict[str, float]:
@@ -83,6 +50,11 @@ def shares_at(position: float) -> dict[str, float]:
 def _between(rng: random.Random, low: float, high: float) -> int:
     """A whole number in [low, high]."""
     return int(low + rng.random() * (high - low + 1))
+
+
+def _variety(level: float) -> float:
+    """Share of varied sentences: none at first, all of them from 60 % of the curriculum on."""
+    return min(1.0, level / 0.6)
 
 
 def make_item(
@@ -104,12 +76,17 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
         return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // (9 + turn)))
+    if kind == "recall":
+        n = _between(rng, 3, 8 + 12 * level)
+        return ledgers.recall(rng, n, max(1, (budget - 3 * n) // (5 * n + 4 + turn)))
     if kind == "facts":
-        relations = 1 if rng.random() < 0.5 else 2
         n = _between(rng, 3, 4 + 4 * level)
-        return stories.facts(
-            rng, n, max(3, (budget - 9 * n) // (13 + turn)), variety=0.3 + 0.7 * level, n_relations=relations
-        )
+        questions = max(3, (budget - 9 * n) // (13 + turn))
+        return stories.facts(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
+    if kind == "retell":
+        n = _between(rng, 3, 5 + 5 * level)
+        questions = max(1, (budget - 9 * n) // (8 * n + 3 + turn))
+        return stories.retell(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
     if kind == "two_hop":
         n = _between(rng, 2, 3 + 5 * level)
         return ledgers.two_hop(rng, n, max(2, (budget - 6 * n) // (10 + turn)))
@@ -135,11 +112,10 @@ def make_document(
         return english.next()
     if kind == "long":
         return long_document(rng, split, level, english, max_tokens, make_item)
-    if kind == "recall":
-        while True:
-            text = ledgers.recall(rng, n := _between(rng, 3, 9 + 6 * level), max(2, 40 // n))
-            if split_of(text[: text.index(".") + 1]) == split:
-                return text
+    if kind == "recall":  # without the questions the same row holds more copies
+        return ledgers.recall_document(make_item(rng, kind, split, level, row_tokens=400))
+    if kind == "retell":
+        return stories.retell_document(make_item(rng, kind, split, level, row_tokens=320))
     return document(make_item(rng, kind, split, level))
 
 

@@ -43,7 +43,6 @@ RELATIONS = {
             "You can find the {k} in the {v}.",
             "{n} carried the {k} to the {v}.",
             "Look for the {k} in the {v}.",
-            "In the {v} stood the {k}.",
         ),
     ),
     "colour": Relation(
@@ -56,7 +55,7 @@ RELATIONS = {
             "The {k} was bright {v}.",
             "{n} made the {k} dark {v}.",
             "The {k} looked {v}.",
-            "The {k} of {n} is {v}.",
+            "The {k} turned {v}.",
             "Everyone knew the {k} was {v}.",
         ),
     ),
@@ -132,20 +131,25 @@ def _sentence(rng: random.Random, relation: Relation, key: str, value: str, vari
     return text
 
 
-def facts(
-    rng: random.Random, n_facts: int, n_questions: int, *, variety: float = 1.0, n_relations: int = 2
-) -> Item:
-    """A story of `n_facts` facts over at most `n_relations` kinds, then questions in random order.
+@dataclass(frozen=True)
+class Story:
+    """Sentences of facts, and the facts (relation, key, value) in the order they are told."""
 
-    A question's chance is one over the number of different values of its own kind in the story: the accuracy
-    of a reader who knows which kind of word to say and not which one.
+    text: str
+    told: tuple[tuple[str, str, str], ...]
+
+
+def tell(rng: random.Random, n_facts: int, variety: float, n_relations: int) -> Story:
+    """A story of `n_facts` facts over `n_relations` kinds, each about a person or thing of its own.
+
+    A sentence is varied with probability `variety`.
     """
     told: list[tuple[str, str, str]] = []
-    kinds = rng.sample(_NAMES, n_relations)
-    for i, kind in enumerate(kinds):
+    free = {NAMES: rng.sample(NAMES, len(NAMES)), OBJECTS: rng.sample(OBJECTS, len(OBJECTS))}
+    for i, kind in enumerate(rng.sample(_NAMES, n_relations)):
         n = n_facts // n_relations + (i < n_facts % n_relations)
         relation = RELATIONS[kind]
-        keys = rng.sample(relation.keys, n)
+        keys = [free[relation.keys].pop() for _ in range(n)]
         told += [(kind, k, v) for k, v in zip(keys, rng.choices(relation.values, k=n), strict=True)]
     rng.shuffle(told)
     sentences = []
@@ -153,17 +157,47 @@ def facts(
         sentences.append(_sentence(rng, RELATIONS[kind], key, value, variety))
         if rng.random() < 0.04 * variety:
             sentences.append(FILLER[int(rng.random() * len(FILLER))])
-    chances = {kind: 1.0 / len({v for k, _, v in told if k == kind}) for kind in kinds}
+    return Story(" ".join(sentences), tuple(told))
+
+
+def facts(
+    rng: random.Random, n_facts: int, n_questions: int, *, variety: float = 1.0, n_relations: int = 2
+) -> Item:
+    """A story, then questions about its facts in random order.
+
+    A question's chance is one over the number of different values of its own kind in the story: the accuracy
+    of a reader who knows which kind of word to say and not which one.
+    """
+    story = tell(rng, n_facts, variety, n_relations)
+    chances = {kind: 1.0 / len({v for k, _, v in story.told if k == kind}) for kind, _, _ in story.told}
     asked: list[tuple[str, str, str]] = []
     while len(asked) < n_questions:
-        asked += rng.sample(told, len(told))
+        asked += rng.sample(story.told, len(story.told))
     questions = tuple(
         [
             Question(RELATIONS[kind].ask.format(k=k), RELATIONS[kind].plain.format(k=k, v=v), chances[kind])
             for kind, k, v in asked[:n_questions]
         ]
     )
-    return Item("facts", " ".join(sentences), questions)
+    return Item("facts", story.text, questions)
+
+
+def retell(
+    rng: random.Random, n_facts: int, n_questions: int, *, variety: float = 1.0, n_relations: int = 2
+) -> Item:
+    """A story, then all of it in plain sentences in another order: a fact per six tokens, the dense `facts`."""
+    story = tell(rng, n_facts, variety, n_relations)
+    questions = []
+    for _ in range(n_questions):
+        facts = rng.sample(story.told, len(story.told))
+        plain = " ".join([RELATIONS[kind].plain.format(k=k, v=v) for kind, k, v in facts])
+        questions.append(Question(f"Tell of {', '.join([k for _, k, _ in facts])}.", plain, 0.0))
+    return Item("retell", story.text, tuple(questions))
+
+
+def retell_document(item: Item) -> str:
+    """The story and its plain sentences, without the questions."""
+    return " ".join([item.statement, *(f"In short: {q.answer}" for q in item.questions)])
 
 
 def moves(rng: random.Random, n_objects: int, n_moves: int, n_questions: int) -> Item:
