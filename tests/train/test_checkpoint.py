@@ -400,7 +400,8 @@ def test_settings_are_refused_with_both_values():
     )
     with pytest.raises(UserError, match="use --seed 1"):
         check_compatible(meta, {"seed": 2}, remedy="use --seed 1")
-    with pytest.raises(UserError, match="model_config is absent there and 3 here"):  # a value where there was a section
+    # a value where there was a section
+    with pytest.raises(UserError, match="model_config is absent there and 3 here"):
         check_compatible(meta, {"model_config": 3})
 
 
