@@ -100,6 +100,7 @@ class StageConfig:
     matrix_lr: float = option(0.02, "learning rate of the matrices")
     embedding_lr: float = option(0.2, "learning rate of the embedding")
     unembedding_lr: float = option(0.004, "learning rate of the head")
+    scalar_lr: float = option(0.2, "learning rate of gates and scalars, where the architecture has them")
     init_lr_frac: float = option(1.0, "factor on every learning rate")
     weight_decay: float = option(0.0, "decoupled weight decay of the AdamW groups")
     adam_beta1: float = option(0.8, "AdamW")

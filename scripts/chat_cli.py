@@ -7,9 +7,10 @@
 In a conversation: clear starts over, quit leaves, Ctrl-C stops an answer.
 """
 
+from megacontext_jax.infer.chat import ChatLoop
+
 from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main
-from megacontext_jax.infer.chat import ChatLoop
 from megacontext_jax.infer.load import load_engine
 
 

@@ -20,18 +20,22 @@ class Arch:
     softcap: float  # logits = softcap * tanh(z / softcap)
     qk_scale: float  # factor on q and on k after their norm; attention logits grow by its square
     proj_init: float  # output projections and head start at this fraction of the usual scale
+    smear: float | None  # initial weight of the previous token's embedding; None: no smear
     exportable: bool  # PyTorch nanochat can express it
 
+
+SMEAR_CHANNELS = 24  # of the embedding, read by the smear gate
 
 ARCHS = {
     arch.name: arch
     for arch in (
         # nanochat, October 2025 to January 2026. Source: karpathy/nanochat at adb5d4a.
-        Arch("classic", 1e4, True, 15.0, 1.0, 0.0, True),
-        # For models small enough to train on a CPU in minutes: attention 2.4x sharper (with QK norm and few
-        # channels per head the softmax cannot become selective otherwise), a short rotary base, and output
-        # projections that do not start at zero, so that induction forms within a few million tokens.
-        Arch("pocket", 1e3, False, 15.0, 1.55, 0.3, False),
+        Arch("classic", 1e4, True, 15.0, 1.0, 0.0, None, True),
+        # For models small enough to train on a CPU in minutes. Attention is 2.4x sharper (with QK norm and few
+        # channels per head the softmax cannot become selective otherwise), the rotary base is short, output
+        # projections do not start at zero, and every token carries the one before it (smear, as in nanochat
+        # since March 2026): half of an induction head for free. Measurements: docs/performance.md.
+        Arch("pocket", 1e3, False, 15.0, 1.55, 0.3, 2.0, False),
     )
 }
 
@@ -76,6 +80,7 @@ class GPTConfig:
         """Shapes of the params pytree; layer weights are stacked on axis 0, matrices are (out, in)."""
         L, C, V = self.n_layer, self.n_embd, self.padded_vocab_size
         kv = self.n_kv_head * self.head_dim
+        smear = {"smear_gate": (1, min(SMEAR_CHANNELS, C)), "smear_lambda": (1,)}
         return {
             "wte": (V, C),
             "lm_head": (V, C),
@@ -87,6 +92,7 @@ class GPTConfig:
                 "c_fc": (L, 4 * C, C),
                 "mlp_proj": (L, C, 4 * C),
             },
+            **(smear if self.constants.smear is not None else {}),
         }
 
     def num_params(self) -> dict[str, int]:
@@ -96,6 +102,7 @@ class GPTConfig:
             "wte": _size(shapes["wte"]),
             "lm_head": _size(shapes["lm_head"]),
             "transformer": sum(_size(shape) for shape in shapes["h"].values()),
+            "scalars": sum(_size(shape) for name, shape in shapes.items() if name.startswith("smear")),
         }
         return counts | {"total": sum(counts.values())}
 
@@ -103,7 +110,7 @@ class GPTConfig:
         """Training FLOPs per token: 6 per weight that multiplies, 12 per attention entry (nanochat)."""
         n = self.num_params()
         attention = 12 * self.n_layer * self.n_embd * self.sequence_len
-        return 6 * (n["total"] - n["wte"]) + attention
+        return 6 * (n["transformer"] + n["lm_head"]) + attention
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -12,16 +12,17 @@ import jax.numpy as jnp
 
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import NEG, AttentionFn, reference_attention
-from megacontext_jax.model.gpt import close_block, embed, qkv, rms_norm, rope_table
+from megacontext_jax.model.gpt import close_block, embed, qkv, rms_norm, rope_table, shift_right, smear
 from megacontext_jax.model.loss import capped_logits
 
 
 class Cache(NamedTuple):
-    """Keys (after rotation and norm) and values of each layer, and the number of valid slots per row."""
+    """What a sequence leaves behind for the tokens to come."""
 
-    k: tuple[jax.Array, ...]  # per layer [B, K, S, D]
+    k: tuple[jax.Array, ...]  # per layer [B, K, S, D], after rotation and norm
     v: tuple[jax.Array, ...]
-    length_B: jax.Array
+    previous_B1C: jax.Array  # embedding of the last token, for the smear
+    length_B: jax.Array  # valid slots of each row
 
 
 def unstack_layers(params: dict) -> dict:
@@ -34,7 +35,7 @@ def unstack_layers(params: dict) -> dict:
 def init_cache(cfg: GPTConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     shape = (batch, cfg.n_kv_head, slots, cfg.head_dim)
     arrays = [tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer)) for _ in range(2)]
-    return Cache(*arrays, jnp.zeros(batch, jnp.int32))
+    return Cache(*arrays, jnp.zeros((batch, 1, cfg.n_embd), dtype), jnp.zeros(batch, jnp.int32))
 
 
 def prefill(
@@ -53,15 +54,17 @@ def prefill(
     """
     T = ids_BT.shape[1]
     rope = rope_table(cfg, jnp.arange(T), dtype)
-    x_BTC = embed(params, ids_BT, dtype)
+    e_BTC = embed(params, ids_BT, dtype)
+    x_BTC = smear(params, e_BTC, shift_right(e_BTC))
     ks, vs = [], []
     for i, layer in enumerate(params["h"]):
         q, k, v = qkv(layer, cfg, x_BTC, rope)
         x_BTC = close_block(layer, x_BTC, attention(q, k, v))
         ks.append(cache.k[i].at[:, :, :T].set(k.transpose(0, 2, 1, 3).astype(cache.k[i].dtype)))
         vs.append(cache.v[i].at[:, :, :T].set(v.transpose(0, 2, 1, 3).astype(cache.v[i].dtype)))
-    last_B1C = jnp.take_along_axis(x_BTC, (length_B - 1)[:, None, None], axis=1)
-    return _head(params, cfg, last_B1C), Cache(tuple(ks), tuple(vs), length_B)
+    last_B11 = (length_B - 1)[:, None, None]
+    x_B1C, e_B1C = (jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, e_BTC))
+    return _head(params, cfg, x_B1C), Cache(tuple(ks), tuple(vs), e_B1C, length_B)
 
 
 def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float32):
@@ -73,7 +76,8 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
     rows, pos_B = jnp.arange(B), cache.length_B
     rope = rope_table(cfg, pos_B[:, None], dtype)
     visible_B1S = jnp.arange(S)[None, None, :] <= pos_B[:, None, None]
-    x_B1C = embed(params, ids_B[:, None], dtype)
+    e_B1C = embed(params, ids_B[:, None], dtype)
+    x_B1C = smear(params, e_B1C, cache.previous_B1C.astype(dtype))
     ks, vs = [], []
     for i, layer in enumerate(params["h"]):
         q, k, v = qkv(layer, cfg, x_B1C, rope)
@@ -87,7 +91,7 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
         x_B1C = close_block(layer, x_B1C, attn)
         ks.append(k_BKSD)
         vs.append(v_BKSD)
-    return _head(params, cfg, x_B1C), Cache(tuple(ks), tuple(vs), pos_B + 1)
+    return _head(params, cfg, x_B1C), Cache(tuple(ks), tuple(vs), e_B1C, pos_B + 1)
 
 
 def _head(params, cfg, x_B1C):

@@ -26,9 +26,16 @@ def init_params(cfg: GPTConfig, key: jax.Array) -> dict:
     """
     shapes = cfg.param_shapes()
     leaves, treedef = jax.tree.flatten_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    params = []
+    params, smear = [], cfg.constants.smear
+    fixed = {
+        "smear_gate": lambda shape: jnp.zeros(shape),
+        "smear_lambda": lambda shape: jnp.full(shape, smear),
+    }
     for (path, shape), leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
         name = path[-1].key
+        if name in fixed:
+            params.append(fixed[name](shape))
+            continue
         if name == "wte":
             std = 1.0
         else:
@@ -68,7 +75,24 @@ def apply_rope(x_BTHD, rope):
 
 
 def embed(params, ids, dtype):
+    """Normed embeddings; `ids` of any shape."""
     return rms_norm(params["wte"][ids].astype(dtype))
+
+
+def smear(params, x, previous):
+    """Mix the embedding of the token before into each token's, by a learned gate; the identity without smear.
+
+    x and previous have the same shape [..., C]; both are embeddings before smearing.
+    """
+    if "smear_gate" not in params:
+        return x
+    gate = jax.nn.sigmoid(linear(x[..., : params["smear_gate"].shape[1]], params["smear_gate"]))
+    return x + params["smear_lambda"].astype(x.dtype) * gate * previous
+
+
+def shift_right(x_BTC):
+    """Each position's predecessor; zeros before the first."""
+    return jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
 def qkv(layer, cfg: GPTConfig, x_BTC, rope):
@@ -115,7 +139,9 @@ def hidden_states(
         block = jax.checkpoint(block)
     elif remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x_BTC, _ = jax.lax.scan(block, embed(params, ids_BT, dtype), params["h"], unroll=unroll)
+    x_BTC = embed(params, ids_BT, dtype)
+    x_BTC = smear(params, x_BTC, shift_right(x_BTC))
+    x_BTC, _ = jax.lax.scan(block, x_BTC, params["h"], unroll=unroll)
     return rms_norm(x_BTC)
 
 

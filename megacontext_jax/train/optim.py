@@ -80,9 +80,9 @@ def _wide(x_LRQ):
 
 
 def param_group(path) -> str:
-    """wte, lm_head or matrix, from a params path."""
+    """wte, lm_head, matrix or scalar, from a params path."""
     name = path[0].key
-    return name if name in ("wte", "lm_head") else "matrix"
+    return {"wte": "wte", "lm_head": "lm_head", "h": "matrix"}.get(name, "scalar")
 
 
 def make_optimizer(
@@ -124,6 +124,7 @@ def make_optimizer(
         "wte": adamw(stage.embedding_lr * width_scale),
         "lm_head": adamw(stage.unembedding_lr * width_scale),
         "matrix": matrix,
+        "scalar": adamw(stage.scalar_lr),
     }
     partitioned = optax.partition(
         groups, lambda tree: jax.tree.map_with_path(lambda p, _: param_group(p), tree)

@@ -1,6 +1,6 @@
 """The three training stages: which data, which loss, how long. `prepare` decides everything before any work."""
 
-import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -9,16 +9,20 @@ from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
 from megacontext_jax.config import Config, fixed_options
 from megacontext_jax.data import sources
-from megacontext_jax.data.conversations import conversation_stream, conversation_val_batches, estimate_tokens
+from megacontext_jax.data.conversations import (
+    conversation_stream,
+    conversation_val_batches,
+    estimate_tokens,
+)
 from megacontext_jax.data.stream import pretrain_stream, val_batches
 from megacontext_jax.data.tokenizer import Tokenizer
-from megacontext_jax.errors import UserError
-from megacontext_jax.infer.samples import draw_samples
-from megacontext_jax.model.arch import GPTConfig, config_for_depth
+from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_samples
+from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import make_objective
 from megacontext_jax.runtime import print0
 from megacontext_jax.train.loop import Setup
 from megacontext_jax.train.optim import make_optimizer
+from megacontext_jax.train.plan import batch_layout, horizon, model_of
 from megacontext_jax.train.restore import load_params, read_meta
 from megacontext_jax.train.runs import find_run, latest_step, run_folder, unused_tag
 
@@ -39,27 +43,19 @@ def prepare(config: Config, stage: str) -> Setup:
     if stage == "base":
         text = sources.prepare_text(config)
         tokenizer = sources.load_tokenizer(text.tokenizer_dir)
-        model = config_for_depth(
-            config.model.depth,
-            aspect_ratio=config.model.aspect_ratio,
-            head_dim=config.model.head_dim,
-            n_kv_head=config.model.n_kv_head,
-            arch=config.model.arch,
-            sequence_len=seq_len,
-            vocab_size=tokenizer.vocab_size,
-        )
+        model = replace(model_of(config), vocab_size=tokenizer.vocab_size)
     else:
         source = find_run(SOURCE_STAGE[stage], run.tag or f"d{config.model.depth}")
         tokenizer = Tokenizer.load(source / TOKENIZER_FOLDER)
         saved = read_meta(source, latest_step(source))["model_config"]
         model = GPTConfig(**(saved | {"sequence_len": seq_len}))
 
-    rows, accumulation = batch_layout(opts, seq_len, mesh)
+    rows, accumulation = batch_layout(opts, seq_len, meshes.batch_shards(mesh))
     rows_here = rows // jax.process_count()
     here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     eval_rows = eval_batch_rows(opts, mesh) // jax.process_count()
     if stage == "base":
-        data_digest = sources.fingerprint(text.train)
+        data_digest, epoch_tokens = sources.fingerprint(text.train), None
         stream = pretrain_stream(
             text.train,
             tokenizer,
@@ -69,6 +65,7 @@ def prepare(config: Config, stage: str) -> Setup:
             num_workers=config.data.workers,
             **here,
         )
+        prompts = document_prompts(text.val, tokenizer)
         held_out = {"val/bpb": text.val} | {f"val/{name}_bpb": p for name, p in text.held_out.items()}
         validation = {
             name: partial(
@@ -93,6 +90,7 @@ def prepare(config: Config, stage: str) -> Setup:
             **layout,
             **here,
         )
+        epoch_tokens, prompts = estimate_tokens(stream), chat_prompts(chat.val, tokenizer)
         validation = {
             "val/bpb": partial(
                 conversation_val_batches,
@@ -106,7 +104,7 @@ def prepare(config: Config, stage: str) -> Setup:
             )
         }
 
-    num_iterations = horizon(stage, opts, model, stream, rows * seq_len)
+    num_iterations = horizon(stage, opts, model, epoch_tokens, rows * seq_len)
     dtype = runtime.compute_dtype(run)
     objective = make_objective(model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat)
     optimizer = make_optimizer(
@@ -172,41 +170,10 @@ def prepare(config: Config, stage: str) -> Setup:
         identity=identity,
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest},
         start_params=source and partial(load_params, source, latest_step(source)),
-        sample=partial(draw_samples, model, tokenizer, stage),
+        sample=partial(draw_samples, objective, tokenizer, prompts) if jax.process_count() == 1 else None,
         facts=facts,
     )
 
 
-def batch_layout(opts, seq_len: int, mesh) -> tuple[int, int]:
-    """(rows per step over all devices, micro-batches): `device_batch_size` is a ceiling."""
-    shards = meshes.batch_shards(mesh)
-    if opts.total_batch_size % (seq_len * shards):
-        raise UserError(
-            f"--total-batch-size {opts.total_batch_size} is not a multiple of {shards} batch shards x "
-            f"{seq_len} tokens; change it or --max-seq-len."
-        )
-    rows = opts.total_batch_size // seq_len
-    per_device = min(opts.device_batch_size, rows // shards)
-    if per_device < 1 or rows % (per_device * shards):
-        raise UserError(
-            f"{rows} rows per step do not divide into micro-batches of --device-batch-size {per_device} x "
-            f"{shards} shards; choose a --device-batch-size that divides {rows // shards}."
-        )
-    return rows, rows // (per_device * shards)
-
-
 def eval_batch_rows(opts, mesh) -> int:
     return opts.device_batch_size * meshes.batch_shards(mesh)
-
-
-def horizon(stage: str, opts, model: GPTConfig, stream, tokens_per_step: int) -> int:
-    """Number of steps: given, from a FLOP budget, from tokens per parameter (base) or epochs (mid, sft)."""
-    if opts.num_iterations > 0:
-        return opts.num_iterations
-    if opts.target_flops > 0:
-        return max(1, round(opts.target_flops / (model.flops_per_token() * tokens_per_step)))
-    if stage == "base":
-        return max(
-            1, math.floor(opts.target_param_data_ratio * model.num_params()["total"] / tokens_per_step)
-        )
-    return max(1, math.ceil(opts.num_epochs * estimate_tokens(stream) / tokens_per_step))

@@ -24,6 +24,7 @@ CASES = {
 @pytest.fixture(scope="module")
 def tiny():
     params = gpt.init_params(TINY, jax.random.key(0))
+    params["smear_gate"] = jax.random.normal(jax.random.key(2), params["smear_gate"].shape)
     ids_BT = jax.random.randint(jax.random.key(1), (2, 48), 0, TINY.vocab_size)
     return params, ids_BT
 
@@ -173,6 +174,17 @@ def test_initial_parameters_have_nanochats_statistics():
     for name in ("attn_proj", "mlp_proj"):
         assert float(jnp.abs(params["h"][name]).max()) == 0.0
     assert float(jnp.abs(params["lm_head"]).max()) == 0.0
+
+
+def test_smear_mixes_in_the_token_before_and_only_that(tiny):
+    params, ids_BT = tiny
+    e_BTC = gpt.embed(params, ids_BT, jnp.float32)
+    x_BTC = gpt.smear(params, e_BTC, gpt.shift_right(e_BTC))
+    np.testing.assert_array_equal(x_BTC[:, 0], e_BTC[:, 0])
+    gate = 2.0 / (1.0 + np.exp(-np.asarray(e_BTC[:, :, :24]) @ np.asarray(params["smear_gate"][0])))
+    np.testing.assert_allclose(x_BTC[:, 1:], e_BTC[:, 1:] + gate[:, 1:, None] * e_BTC[:, :-1], atol=1e-5)
+    without = {name: w for name, w in params.items() if not name.startswith("smear")}
+    assert gpt.smear(without, e_BTC, e_BTC) is e_BTC
 
 
 @pytest.mark.parametrize("arch", ARCHS)
