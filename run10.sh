@@ -14,7 +14,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 source scripts/common.sh
 help_wanted "$0" "$@" && exit 0
-setup_env "$(default_python)" || exit 2
+setup_env || exit 2
 
 python -m scripts.plan --recipe run10 "$@" || exit $?
 case " $* " in *" --dry-run "*) exit 0 ;; esac

@@ -10,12 +10,12 @@ cd "$(dirname "$0")"
 source scripts/common.sh
 help_wanted "$0" "$@" && exit 0
 
-version="$(default_python)"
+version=()
 if [ "${1:-}" = --python ]; then
-  version="${2:?--python needs a version, e.g. 3.12}"
+  version=(--python "${2:?--python needs a version, e.g. 3.12}")
   shift 2
 fi
-setup_env "$version" --group dev || exit 2
+setup_env "${version[@]}" --dev || exit 2
 
 python -m ruff check .
 python -m ruff format --check .

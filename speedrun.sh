@@ -12,7 +12,7 @@ cd "$(dirname "$0")"
 source scripts/common.sh
 help_wanted "$0" "$@" && exit 0
 require_accelerators speedrun "$@" || exit $?
-setup_env "$(default_python)" || exit 2
+setup_env || exit 2
 
 python -m scripts.plan --recipe speedrun "$@" || exit $?
 case " $* " in *" --dry-run "*) exit 0 ;; esac

@@ -19,25 +19,43 @@ find_uv() {
   fi
 }
 
-# setup_env PYTHON_VERSION [uv pip install arguments]: afterwards `python` is the project's.
+# setup_env [--python VERSION] [--dev]: afterwards `python` is the project's, with the test tools if --dev.
+# Without a version an environment that exists is taken as it is.
 setup_env() {
   if [ -n "${MEGACONTEXT_PYTHON:-}" ]; then
     python() { "$MEGACONTEXT_PYTHON" "$@"; }
     return
   fi
-  local version="$1" extra uv wanted
-  shift
+  local version="" dev="" extra uv sum
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --python) version="$2" && shift 2 ;;
+      --dev) dev=1 && shift ;;
+    esac
+  done
   extra="${MEGACONTEXT_EXTRA:-$(nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)}"
-  wanted="$(cat pyproject.toml constraints.txt | cksum) $version $extra $*"
-  if [ "$(cat .venv/megacontext-stamp 2>/dev/null)" != "$wanted" ]; then
+  sum="$(cat pyproject.toml constraints.txt | cksum)"
+  if [ -z "$version" ] && [ -x .venv/bin/python ]; then version="$(cat .venv/megacontext-python 2>/dev/null)"; fi
+  version="${version:-$(default_python)}"
+  if [ "$(cat .venv/megacontext-base 2>/dev/null)" != "$sum $version $extra" ]; then
     uv="$(find_uv)" || return 1
     say "Setting up .venv (Python $version, $extra) ..."
     "$uv" venv --quiet --clear --python "$version" .venv || return 1
-    "$uv" pip install --quiet --python .venv/bin/python -c constraints.txt -e ".[$extra]" "$@" ||
-      { say "error: the packages could not be installed; look at the lines above and run this again."; return 1; }
-    printf '%s' "$wanted" >.venv/megacontext-stamp
+    install_packages "$uv" -e ".[$extra]" || return 1
+    printf '%s' "$version" >.venv/megacontext-python
+    printf '%s' "$sum $version $extra" >.venv/megacontext-base
+  fi
+  if [ -n "$dev" ] && [ "$(cat .venv/megacontext-dev 2>/dev/null)" != "$sum" ]; then
+    uv="$(find_uv)" || return 1
+    install_packages "$uv" --group dev || return 1
+    printf '%s' "$sum" >.venv/megacontext-dev
   fi
   export PATH="$PWD/.venv/bin:$PATH"
+}
+
+install_packages() {
+  "$1" pip install --quiet --python .venv/bin/python -c constraints.txt "${@:2}" ||
+    { say "error: the packages could not be installed; look at the lines above and run this again."; return 1; }
 }
 
 # The interpreter to build the environment from: 3.11 to 3.13, the one called python3 if it fits.
