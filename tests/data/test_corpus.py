@@ -168,7 +168,8 @@ def test_shares_are_met(corpus):
     manifest = json.loads((corpus / MANIFEST).read_text())["files"]
     facts = manifest["pretrain/shard_00000.parquet"]
     wanted = {
-        k: (mixture.shares_at(0.0)[k] + mixture.shares_at(1 / 3).get(k, 0)) / 2 for k in ("ledger", "english")
+        k: (mixture.shares_at(mixture.PRETRAIN, 0.0)[k] + mixture.shares_at(mixture.PRETRAIN, 1 / 3)[k]) / 2
+        for k in ("ledger", "english")
     }
     for kind, share in wanted.items():
         assert facts["characters_by_kind"][kind] / facts["characters"] == pytest.approx(share, abs=0.03)

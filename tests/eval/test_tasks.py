@@ -40,7 +40,7 @@ def test_held_out_text_cannot_be_in_training(kind):
             assert split_of(words.replace(" and ", " "), buckets) == "eval"
 
 
-@pytest.mark.parametrize("kind", mixture.SFT)
+@pytest.mark.parametrize("kind", mixture.KINDS)
 def test_training_text_stays_out_of_the_other_splits(kind):
     rng = stream("train", 1, kind)
     for _ in range(300):
@@ -53,7 +53,7 @@ def test_training_text_stays_out_of_the_other_splits(kind):
                 assert split_of(question.ask[6:-1].replace(" and ", " ")) == "train"
 
 
-@pytest.mark.parametrize("kind", mixture.SFT)
+@pytest.mark.parametrize("kind", mixture.KINDS)
 def test_training_answers_are_derivable_too(kind):
     rng = stream("train", 2, kind)
     for _ in range(100):

@@ -15,9 +15,9 @@ def main(argv: list[str] | None = None) -> int:
         "--out", required=True, help="folder for the corpus (a sub-folder per set of arguments)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pretrain-mchars", type=float, default=24.0, help="million characters of documents")
-    parser.add_argument("--mid-conversations", type=int, default=8000)
-    parser.add_argument("--sft-conversations", type=int, default=8000)
+    parser.add_argument("--pretrain-mchars", type=float, default=20.0, help="million characters of documents")
+    parser.add_argument("--mid-conversations", type=int, default=24_000)
+    parser.add_argument("--sft-conversations", type=int, default=12_000)
     parser.add_argument("--max-doc-tokens", type=int, default=20_000)
     args = vars(parser.parse_args(argv))
     started = time.perf_counter()

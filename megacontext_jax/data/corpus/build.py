@@ -28,9 +28,9 @@ def build(
     out_dir: str | os.PathLike,
     *,
     seed: int = 0,
-    pretrain_mchars: float = 24.0,
-    mid_conversations: int = 8000,
-    sft_conversations: int = 8000,
+    pretrain_mchars: float = 20.0,
+    mid_conversations: int = 24_000,
+    sft_conversations: int = 12_000,
     val_mchars: float = 0.25,
     val_conversations: int = 400,
     shards: int = 8,
@@ -126,17 +126,14 @@ def _write_all(folder: Path, s: dict[str, Any], echo: Callable[[str], None]) -> 
     )
     english = mixture.English("val", seed)
     text_file("python_val.parquet", lambda: (("english", english.next()) for _ in range(len(english))))
-    for stage, shares, n in (
-        ("mid", mixture.MID, s["mid_conversations"]),
-        ("sft", mixture.SFT, s["sft_conversations"]),
-    ):
-        for split, count in (("train", n), ("val", s["val_conversations"])):
+    for stage in mixture.CHATS:
+        for split, count in (("train", s[f"{stage}_conversations"]), ("val", s["val_conversations"])):
             name = f"{stage}/{split}-00000.parquet"
             files[name] = _write(
                 folder / name,
                 _CHAT,
-                lambda stage=stage, split=split, shares=shares, count=count: mixture.chats(
-                    stream(split, seed, stage), split, shares, count
+                lambda stage=stage, split=split, count=count: mixture.chats(
+                    stream(split, seed, stage), split, stage, count
                 ),
             )
             echo(f"{name}: {files[name]['rows']:,} conversations, {files[name]['characters']:,} characters")

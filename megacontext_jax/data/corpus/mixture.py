@@ -8,43 +8,62 @@ from megacontext_jax.data.corpus import arithmetic, ledgers, python_english, spe
 from megacontext_jax.data.corpus.longdoc import long_document
 from megacontext_jax.data.corpus.world import Item, conversation, document, split_of
 
-# Shares of characters at points of the run (0 = first document, 1 = last), linear in between: dense recall
-# first, then the kinds that ride on it, then long documents.
-CURRICULUM: tuple[tuple[float, dict[str, float]], ...] = (
-    (0.0, {"recall": 65, "ledger": 10, "retell": 5, "english": 15, "arithmetic": 2, "spelling": 3}),
+# A plan: shares at points of a stage (0 = its beginning, 1 = its end), linear in between. Of characters for the
+# documents: dense recall first, then the kinds that ride on it, then long documents.
+Plan = tuple[tuple[float, dict[str, float]], ...]
+PRETRAIN: Plan = (
+    (0.0, {"recall": 60, "ledger": 10, "retell": 10, "english": 15, "arithmetic": 2, "spelling": 3}),
     (
-        0.25,
-        {"recall": 35, "ledger": 20, "retell": 12, "facts": 8, "english": 16, "arithmetic": 4, "spelling": 3}
+        0.4,
+        {"recall": 35, "ledger": 20, "retell": 13, "facts": 7, "english": 16, "arithmetic": 4, "spelling": 3}
         | {"two_hop": 2},
     ),
     (
-        0.5,
-        {"recall": 8, "ledger": 15, "retell": 20, "facts": 24, "english": 18, "arithmetic": 4, "spelling": 3}
-        | {"two_hop": 4, "moves": 1, "counting": 1, "passkey": 1, "long": 1},
+        0.6,
+        {"recall": 10, "ledger": 15, "retell": 19, "facts": 24, "english": 18, "arithmetic": 4, "spelling": 3}
+        | {"two_hop": 3, "moves": 1, "counting": 1, "passkey": 1, "long": 1},
     ),
     (
         1.0,
-        {"recall": 3, "ledger": 10, "retell": 12, "facts": 35, "english": 20, "arithmetic": 4, "spelling": 3}
-        | {"two_hop": 4, "moves": 2, "counting": 1, "passkey": 1, "long": 5},
+        {"recall": 5, "ledger": 10, "retell": 14, "facts": 32, "english": 20, "arithmetic": 4, "spelling": 3}
+        | {"two_hop": 3, "moves": 2, "counting": 1, "passkey": 1, "long": 5},
     ),
 )
 
-# Shares of conversations.
-MID = {"recall": 14, "ledger": 16, "retell": 20, "facts": 30, "two_hop": 6, "arithmetic": 5, "spelling": 3}
-MID |= {"moves": 3, "passkey": 1, "counting": 2}
-SFT = {"recall": 4, "ledger": 22, "retell": 12, "facts": 40, "two_hop": 7, "arithmetic": 5, "spelling": 3}
-SFT |= {"moves": 4, "passkey": 1, "counting": 2}
+# Shares of conversations. Trained on the answers alone, "recall" and "retell" are nearly pure lookup.
+MID: Plan = (
+    (0.0, {"recall": 40, "ledger": 24, "retell": 20, "facts": 10, "arithmetic": 3, "spelling": 3}),
+    (
+        0.3,
+        {"recall": 20, "ledger": 18, "retell": 28, "facts": 20, "two_hop": 5, "arithmetic": 4, "spelling": 3}
+        | {"moves": 1, "passkey": 0.5, "counting": 0.5},
+    ),
+    (
+        1.0,
+        {"recall": 6, "ledger": 13, "retell": 28, "facts": 36, "two_hop": 6, "arithmetic": 4, "spelling": 3}
+        | {"moves": 2, "passkey": 1, "counting": 1},
+    ),
+)
+SFT: Plan = (
+    (
+        0.0,
+        {"recall": 4, "ledger": 16, "retell": 20, "facts": 42, "two_hop": 7, "arithmetic": 4, "spelling": 2}
+        | {"moves": 3, "passkey": 1, "counting": 1},
+    ),
+)
+CHATS = {"mid": MID, "sft": SFT}
+KINDS = tuple(kind for kind in SFT[0][1])
 
 
-def shares_at(position: float) -> dict[str, float]:
-    """Share of characters of each kind at `position` in [0, 1]; sums to 1."""
-    for (p0, a), (p1, b) in pairwise(CURRICULUM):
-        if position <= p1:
-            t = (position - p0) / (p1 - p0)
-            mixed = {k: (1 - t) * a.get(k, 0.0) + t * b.get(k, 0.0) for k in dict.fromkeys((*a, *b))}
-            total = sum(mixed.values())
-            return {k: v / total for k, v in mixed.items()}
-    raise ValueError(f"a position in the curriculum lies in [0, 1], got {position}")
+def shares_at(plan: Plan, position: float) -> dict[str, float]:
+    """Share of each kind at `position` in [0, 1], linear between the points of the plan; sums to 1."""
+    if not 0 <= position <= 1:
+        raise ValueError(f"a position in the curriculum lies in [0, 1], got {position}")
+    (p0, a), (p1, b) = next((x for x in pairwise(plan) if position <= x[1][0]), (plan[-1], plan[-1]))
+    t = (position - p0) / (p1 - p0) if p1 > p0 else 0.0
+    mixed = {k: (1 - t) * a.get(k, 0.0) + t * b.get(k, 0.0) for k in dict.fromkeys((*a, *b))}
+    total = sum(mixed.values())
+    return {k: v / total for k, v in mixed.items()}
 
 
 def _between(rng: random.Random, low: float, high: float) -> int:
@@ -149,7 +168,7 @@ def documents(
     done = 0
     while done < chars:
         position = start + (stop - start) * done / chars
-        for kind in (shares := shares_at(position)):
+        for kind in (shares := shares_at(PRETRAIN, position)):
             credit.setdefault(kind, rng.random() * 500 * shares[kind])
         kind = max(shares, key=lambda k: credit[k] if shares[k] > 0 else -1e9)
         text = make_document(rng, kind, split, position, english, max_tokens)
@@ -160,13 +179,15 @@ def documents(
         yield kind, text
 
 
-def chats(
-    rng: random.Random, split: str, shares: dict[str, float], n: int
-) -> Iterator[tuple[str, list[dict]]]:
-    """n conversations (kind, messages) in random order of kinds."""
-    kinds = list(shares)
-    for kind in rng.choices(kinds, weights=[shares[k] for k in kinds], k=n):
-        yield (
-            kind,
-            conversation(make_item(rng, kind, split, rng.random() ** 0.5, row_tokens=250, turn_tokens=4)),
-        )
+def chats(rng: random.Random, split: str, stage: str, n: int) -> Iterator[tuple[str, list[dict]]]:
+    """n conversations (kind, messages) of a stage, "mid" or "sft", along its plan.
+
+    Every size and variety up to the level of the place occurs: mid-training rises to the full level by its
+    middle, SFT is at it throughout.
+    """
+    for i in range(n):
+        position = i / n
+        shares = shares_at(CHATS[stage], position)
+        (kind,) = rng.choices(list(shares), weights=list(shares.values()))
+        level = rng.random() ** 0.5 * (min(1.0, 0.3 + 1.4 * position) if stage == "mid" else 1.0)
+        yield kind, conversation(make_item(rng, kind, split, level, row_tokens=250, turn_tokens=4))
