@@ -145,7 +145,7 @@ def tell(rng: random.Random, n_facts: int, variety: float, n_relations: int) -> 
     A sentence is varied with probability `variety`.
     """
     told: list[tuple[str, str, str]] = []
-    free = {NAMES: rng.sample(NAMES, len(NAMES)), OBJECTS: rng.sample(OBJECTS, len(OBJECTS))}
+    free = {NAMES: rng.sample(NAMES, n_facts), OBJECTS: rng.sample(OBJECTS, n_facts)}
     for i, kind in enumerate(rng.sample(_NAMES, n_relations)):
         n = n_facts // n_relations + (i < n_facts % n_relations)
         relation = RELATIONS[kind]
