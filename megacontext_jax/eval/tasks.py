@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from random import Random
 
 from megacontext_jax.data.corpus import arithmetic, ledgers, spelling, stories
+from megacontext_jax.data.corpus.words import CLASSES
 from megacontext_jax.data.corpus.world import Item, Question, split_of, stream
 from megacontext_jax.errors import UserError
 
@@ -59,12 +60,24 @@ def _plain_facts(rng: Random) -> Item:
     return stories.facts(rng, rng.randint(6, 8), 1, variety=0.0, n_relations=rng.randint(1, 2))
 
 
+def _extract(rng: Random) -> Item:
+    """One key of a story, asked in the manner of a ledger."""
+    item = stories.extract(rng, rng.randint(6, 8), 1, variety=1.0, n_relations=rng.randint(1, 2))
+    keys = item.questions[0].answer.removeprefix("A: ").removesuffix(".").split("; ")
+    values = [pair.split()[1] for pair in keys]
+    same = next(group for group in CLASSES.values() if values[0] in group)
+    chance = 1 / len({value for value in values if value in same})
+    question = Question(f"Q: {keys[0].split()[0]}?", f"A: {keys[0]}.", chance)
+    return Item(item.kind, item.statement, (question,))
+
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Task("ledger", "12-24 pairs, one key asked", _ledger),
         Task("facts", "6-8 facts in varied sentences, one asked", _facts),
         Task("plain_facts", "6-8 facts in one form of sentence per kind, one asked", _plain_facts),
+        Task("extract", "6-8 facts in varied sentences, one asked as a ledger is", _extract),
         Task("two_hop", "object -> person -> place", lambda rng: ledgers.two_hop(rng, rng.randint(4, 8), 1)),
         Task(
             "moves",

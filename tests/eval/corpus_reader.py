@@ -95,15 +95,25 @@ def _story(prompt: str) -> str:
     return answer.format(k=question[1], v=_last_told(prompt[: question.start()], question[1], forms))
 
 
+def _facts_of(text: str, keys: str) -> list[tuple[str, str, str]]:
+    """(plain sentence, key, value) for each of the keys; every key has one fact."""
+    facts = []
+    for key in keys.split(", "):
+        values = [(answer, key, _last_told(text, key, forms)) for answer, forms in STORY.values()]
+        told = [fact for fact in values if fact[2]]
+        assert len(told) == 1, (key, told)
+        facts += told
+    return facts
+
+
 def _retell(prompt: str) -> str:
     text, keys = re.fullmatch(r"(.*) Tell of ([\w, ]+)\.", prompt).groups()
-    sentences = []
-    for key in keys.split(", "):
-        values = [(answer, _last_told(text, key, forms)) for answer, forms in STORY.values()]
-        told = [answer.format(k=key, v=v) for answer, v in values if v]
-        assert len(told) == 1, (key, told)
-        sentences += told
-    return " ".join(sentences)
+    return " ".join(answer.format(k=k, v=v) for answer, k, v in _facts_of(text, keys))
+
+
+def _extract(prompt: str) -> str:
+    text, keys = re.fullmatch(r"(.*) Q: ([\w, ]+)\?", prompt).groups()
+    return "A: " + "; ".join(f"{k} {v}" for _, k, v in _facts_of(text, keys)) + "."
 
 
 def _passkey(prompt: str) -> str:
@@ -130,6 +140,7 @@ _READERS = {
     "ledger": _ledger,
     "recall": _recall,
     "retell": _retell,
+    "extract": _extract,
     "two_hop": _two_hop,
     "facts": _story,
     "plain_facts": _story,

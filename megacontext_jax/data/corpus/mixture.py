@@ -12,43 +12,43 @@ from megacontext_jax.data.corpus.world import Item, conversation, document, spli
 # documents: dense recall first, then the kinds that ride on it, then long documents.
 Plan = tuple[tuple[float, dict[str, float]], ...]
 PRETRAIN: Plan = (
-    (0.0, {"recall": 60, "ledger": 10, "retell": 10, "english": 15, "arithmetic": 2, "spelling": 3}),
+    (0.0, {"recall": 60, "ledger": 10, "extract": 10, "english": 15, "arithmetic": 2, "spelling": 3}),
     (
         0.4,
-        {"recall": 35, "ledger": 20, "retell": 13, "facts": 7, "english": 16, "arithmetic": 4, "spelling": 3}
-        | {"two_hop": 2},
+        {"recall": 33, "ledger": 18, "extract": 16, "retell": 3, "facts": 6, "english": 16, "arithmetic": 4}
+        | {"spelling": 3, "two_hop": 2},
     ),
     (
         0.6,
-        {"recall": 10, "ledger": 15, "retell": 19, "facts": 24, "english": 18, "arithmetic": 4, "spelling": 3}
-        | {"two_hop": 3, "moves": 1, "counting": 1, "passkey": 1, "long": 1},
+        {"recall": 10, "ledger": 14, "extract": 18, "retell": 6, "facts": 21, "english": 18, "arithmetic": 4}
+        | {"spelling": 3, "two_hop": 3, "moves": 1, "counting": 1, "passkey": 1, "long": 1},
     ),
     (
         1.0,
-        {"recall": 5, "ledger": 10, "retell": 14, "facts": 32, "english": 20, "arithmetic": 4, "spelling": 3}
-        | {"two_hop": 3, "moves": 2, "counting": 1, "passkey": 1, "long": 5},
+        {"recall": 5, "ledger": 10, "extract": 12, "retell": 8, "facts": 30, "english": 20, "arithmetic": 4}
+        | {"spelling": 3, "two_hop": 3, "moves": 2, "counting": 1, "passkey": 1, "long": 5},
     ),
 )
 
-# Shares of conversations. Trained on the answers alone, "recall" and "retell" are nearly pure lookup.
+# Shares of conversations. Trained on the answers alone, "recall" and "extract" are nearly pure lookup.
 MID: Plan = (
-    (0.0, {"recall": 40, "ledger": 24, "retell": 20, "facts": 10, "arithmetic": 3, "spelling": 3}),
+    (0.0, {"recall": 40, "ledger": 22, "extract": 22, "facts": 10, "arithmetic": 3, "spelling": 3}),
     (
         0.3,
-        {"recall": 20, "ledger": 18, "retell": 28, "facts": 20, "two_hop": 5, "arithmetic": 4, "spelling": 3}
-        | {"moves": 1, "passkey": 0.5, "counting": 0.5},
+        {"recall": 18, "ledger": 14, "extract": 32, "retell": 4, "facts": 20, "two_hop": 4, "arithmetic": 4}
+        | {"spelling": 2, "moves": 1, "passkey": 0.5, "counting": 0.5},
     ),
     (
         1.0,
-        {"recall": 6, "ledger": 13, "retell": 28, "facts": 36, "two_hop": 6, "arithmetic": 4, "spelling": 3}
-        | {"moves": 2, "passkey": 1, "counting": 1},
+        {"recall": 4, "ledger": 11, "extract": 25, "retell": 10, "facts": 36, "two_hop": 4, "arithmetic": 4}
+        | {"spelling": 2, "moves": 2, "passkey": 1, "counting": 1},
     ),
 )
 SFT: Plan = (
     (
         0.0,
-        {"recall": 4, "ledger": 16, "retell": 20, "facts": 42, "two_hop": 7, "arithmetic": 4, "spelling": 2}
-        | {"moves": 3, "passkey": 1, "counting": 1},
+        {"recall": 3, "ledger": 14, "extract": 10, "retell": 10, "facts": 46, "two_hop": 5, "arithmetic": 4}
+        | {"spelling": 2, "moves": 4, "passkey": 1, "counting": 1},
     ),
 )
 CHATS = {"mid": MID, "sft": SFT}
@@ -102,6 +102,10 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
         n = _between(rng, 3, 4 + 4 * level)
         questions = max(3, (budget - 9 * n) // (13 + turn))
         return stories.facts(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
+    if kind == "extract":
+        n = _between(rng, 3, 5 + 5 * level)
+        questions = max(1, (budget - 9 * n) // (5 * n + 4 + turn))
+        return stories.extract(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
     if kind == "retell":
         n = _between(rng, 3, 5 + 5 * level)
         questions = max(1, (budget - 9 * n) // (8 * n + 3 + turn))
@@ -133,6 +137,8 @@ def make_document(
         return long_document(rng, split, level, english, max_tokens, make_item)
     if kind == "recall":  # without the questions the same row holds more copies
         return ledgers.recall_document(make_item(rng, kind, split, level, row_tokens=400))
+    if kind == "extract":
+        return stories.extract_document(make_item(rng, kind, split, level, row_tokens=320))
     if kind == "retell":
         return stories.retell_document(make_item(rng, kind, split, level, row_tokens=320))
     return document(make_item(rng, kind, split, level))

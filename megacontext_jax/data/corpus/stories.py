@@ -195,9 +195,31 @@ def retell(
     return Item("retell", story.text, tuple(questions))
 
 
+def extract(
+    rng: random.Random, n_facts: int, n_questions: int, *, variety: float = 1.0, n_relations: int = 2
+) -> Item:
+    """A story, then questions in the manner of a ledger: `Q: lantern, Ida? A: lantern attic; Ida Riga.`
+
+    The bridge from ledgers to stories: the answer side is the ledger's, what is new is to tie a value to the
+    subject of its sentence.
+    """
+    story = tell(rng, n_facts, variety, n_relations)
+    questions = []
+    for _ in range(n_questions):
+        facts = rng.sample(story.told, len(story.told))
+        answer = "; ".join([f"{k} {v}" for _, k, v in facts])
+        questions.append(Question(f"Q: {', '.join([k for _, k, _ in facts])}?", f"A: {answer}.", 0.0))
+    return Item("extract", story.text, tuple(questions))
+
+
 def retell_document(item: Item) -> str:
     """The story and its plain sentences, without the questions."""
     return " ".join([item.statement, *(f"In short: {q.answer}" for q in item.questions)])
+
+
+def extract_document(item: Item) -> str:
+    """The story and its facts as ledgers, without the questions."""
+    return " ".join([item.statement, *("Ledger" + q.answer.removeprefix("A") for q in item.questions)])
 
 
 def moves(rng: random.Random, n_objects: int, n_moves: int, n_questions: int) -> Item:
