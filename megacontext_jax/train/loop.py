@@ -63,13 +63,64 @@ class TrainingStopped(UserError):
     """The loss is no longer a number."""
 
 
+class StepLog:
+    """Metrics of dispatched steps, read one step late so that the host never waits for the newest."""
+
+    def __init__(self, opts, meter: StepMeter, multiplier, metrics):
+        self._opts = opts
+        self._meter = meter
+        self._multiplier = multiplier
+        self._metrics = metrics
+        self._printer = StepPrinter()
+        self._waiting: list[tuple[int, dict]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Call after anything that is not training."""
+        self._clock = time.monotonic()
+
+    def dispatched(self, step: int, values: dict) -> None:
+        self._waiting.append((step, values))
+
+    def take(self, keep: int = 0) -> None:
+        """Read and log all but the newest `keep` steps."""
+        ready, self._waiting = (
+            self._waiting[: len(self._waiting) - keep],
+            self._waiting[len(self._waiting) - keep :],
+        )
+        if not ready:
+            return
+        ready = [(step, {name: float(x) for name, x in values.items()}) for step, values in ready]
+        now = time.monotonic()
+        seconds, self._clock = (now - self._clock) / len(ready), now
+        for step, values in ready:
+            self._log(step, values, seconds)
+
+    def _log(self, step: int, values: dict, seconds: float) -> None:
+        if not math.isfinite(values["loss"]):
+            raise TrainingStopped(
+                f"The loss is {values['loss']} at step {step}; lower the learning rates or look at the data read "
+                "there, then run the same command to continue from the last checkpoint."
+            )
+        lrm = float(self._multiplier(step)) * self._opts.init_lr_frac
+        report_ = self._meter.update(step, values["loss"], seconds, lrm=lrm, grad_norm=values["grad_norm"])
+        self._printer.show(report_)
+        if step % self._opts.log_every == 0 or step + 1 == self._meter.total_steps:
+            extra = {f"train/{name}": values[name] for name in ("param_norm", "update_norm", "weight")}
+            self._metrics.log(report_.metrics() | extra | {"train/loss_step": values["loss"]}, step=step)
+
+
 def train(setup: Setup) -> int:
     """Run a stage to its end; returns the exit status (0, or 128 + signal after a requested stop)."""
+    with Checkpoints(setup.folder, keep=setup.options.keep) as checkpoints:
+        return _train(setup, checkpoints)
+
+
+def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     opts, mesh, n_steps = setup.options, setup.mesh, setup.num_iterations
     key = jax.random.key(setup.config.run.seed)
 
-    # --- Checkpoints: a new run, one that goes on, or one that is done -----------------------------------
-    checkpoints = Checkpoints(setup.folder, keep=opts.keep)
+    # --- A new run, one that goes on, or one that is done ------------------------------------------------
     template = abstract_state(mesh, setup.init, setup.optimizer, key)
     resume_step = checkpoints.latest_step()
     loop_state: dict = {}
@@ -78,7 +129,6 @@ def train(setup: Setup) -> int:
         checkpoints.check_compatible(meta["identity"], setup.identity)
         if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
             print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
-            checkpoints.close()
             return 0
         restored = checkpoints.restore(resume_step, params_like=template.params, opt_like=template.opt_state)
         step_array = jax.device_put(np.int32(resume_step), template.step.sharding)
@@ -112,7 +162,6 @@ def train(setup: Setup) -> int:
     if loop_state:
         meter.set_state(loop_state["meter"])
     best = loop_state.get("best", math.inf)
-    printer = StepPrinter()
     metrics = open_metrics(
         setup.folder,
         stage=setup.stage,
@@ -127,38 +176,12 @@ def train(setup: Setup) -> int:
         warmdown_ratio=opts.warmdown_ratio,
         final_lr_frac=opts.final_lr_frac,
     )
+    log = StepLog(opts, meter, multiplier, metrics)
     simulated = jax.default_backend() == "cpu" and mesh.size > 1
-    waiting: list[tuple[int, dict, float]] = []  # metrics of dispatched steps, read one step late
     results: dict[str, float] = dict(loop_state.get("results", {}))
 
-    def take_metrics(keep: int) -> None:
-        """Read the metrics of all dispatched steps but the newest `keep`."""
-        while len(waiting) > keep:
-            at, values, began = waiting.pop(0)
-            values = {name: float(x) for name, x in values.items()}
-            ended = time.monotonic()
-            take_metrics.clock, seconds = ended, ended - max(began, take_metrics.clock)
-            if not math.isfinite(values["loss"]):
-                raise TrainingStopped(
-                    f"The loss is {values['loss']} at step {at} (last checkpoint: "
-                    f"{checkpoints.latest_step()}); lower the learning rates or look at the data of that step."
-                )
-            step_report = meter.update(
-                at,
-                values["loss"],
-                seconds,
-                lrm=float(multiplier(at)) * opts.init_lr_frac,
-                grad_norm=values["grad_norm"],
-            )
-            printer.show(step_report)
-            if at % opts.log_every == 0 or at + 1 == n_steps:
-                extra = {f"train/{name}": values[name] for name in ("param_norm", "update_norm", "weight")}
-                metrics.log(step_report.metrics() | extra | {"train/loss_step": values["loss"]}, step=at)
-
-    take_metrics.clock = time.monotonic()
-
     def save(step: int, blocking: bool) -> None:
-        take_metrics(0)
+        log.take()
         meta = {
             "stage": setup.stage,
             "tag": setup.tag,
@@ -176,6 +199,7 @@ def train(setup: Setup) -> int:
             meta=meta,
             blocking=blocking,
         )
+        log.restart_clock()
 
     def validate(step: int) -> None:
         nonlocal best
@@ -187,13 +211,13 @@ def train(setup: Setup) -> int:
             f"Step {step:05d} | " + " | ".join(f"{k.split('/', 1)[1]}: {v:.6f}" for k, v in results.items())
         )
         metrics.log(dict(results), step=step)
-        take_metrics.clock = time.monotonic()
+        log.restart_clock()
 
     def show_samples() -> list[dict]:
         samples = setup.sample(state.params) if setup.sample else []
         for s in samples:
             print0(f"  {s['prompt']!r} -> {s['completion']!r}")
-        take_metrics.clock = time.monotonic()
+        log.restart_clock()
         return samples
 
     # --- The loop ----------------------------------------------------------------------------------------
@@ -209,7 +233,6 @@ def train(setup: Setup) -> int:
                 if saved != step:
                     save(step, blocking=True)
                 print0(f"Saved step {step} of {n_steps}; run the same command to continue.")
-                checkpoints.close()
                 return 128 + stop_signal
 
             # once in a while, and before anything that comes after the last step: save
@@ -223,7 +246,7 @@ def train(setup: Setup) -> int:
 
             # once in a while: bits per byte on held-out text
             if last_step or (opts.eval_every > 0 and step % opts.eval_every == 0):
-                take_metrics(0)
+                log.take()
                 validate(step)
 
             # once in a while: let it speak
@@ -234,18 +257,17 @@ def train(setup: Setup) -> int:
                 break
 
             # a single training step; the next batch is read while the device is busy
-            began = time.monotonic()
             state, values = train_step(state, batch)
-            waiting.append((step, values, began))
+            log.dispatched(step, values)
             step += 1
             if step < n_steps:
                 position = setup.stream.get_state()
                 batch = next_batch(setup)
             if simulated:
                 jax.block_until_ready(values)  # simulated devices deadlock on queued collectives
-            take_metrics(1)
+            log.take(keep=1)
+            checkpoints.check()
 
-    checkpoints.close()
     if jax.process_index() == 0:
         write_report(setup, meter, results, best, samples)
     return 0

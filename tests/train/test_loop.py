@@ -1,0 +1,157 @@
+"""The training stages as a user runs them: killed, continued, repeated, changed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
+N = 12  # steps in tiny.yaml
+
+
+def command(script: str, *flags: str) -> list[str]:
+    return [sys.executable, "-m", f"scripts.{script}", "--config", "tests/tiny.yaml", *flags]
+
+
+def environment(folder: Path) -> dict:
+    folders = {"NANOCHAT_BASE_DIR": str(folder / "base"), "MEGACONTEXT_ARTIFACTS": str(folder / "artifacts")}
+    return os.environ | folders
+
+
+def run(folder: Path, script: str, *flags: str, status: int = 0) -> str:
+    done = subprocess.run(
+        command(script, *flags), cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def losses(folder: Path, stage: str) -> dict[int, float]:
+    path = folder / f"artifacts/megacontext_{stage}_d2/metrics.jsonl"
+    found: dict[int, float] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        if "train/loss_step" in record:
+            assert record["step"] not in found, "a step was logged twice"
+            found[record["step"]] = record["train/loss_step"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All stages, uninterrupted."""
+    folder = tmp_path_factory.mktemp("trained")
+    for script in ("prepare_data", "tok_train", *STAGES.values()):
+        run(folder, script)
+    return folder
+
+
+def test_every_stage_learns(trained):
+    for stage in STAGES:
+        curve = losses(trained, stage)
+        assert sorted(curve) == list(range(N))
+        assert curve[N - 1] < curve[0]
+        assert (trained / f"artifacts/megacontext_{stage}_d2/{N:06d}").is_dir()
+        section = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft"}[stage]
+        report = json.loads((trained / f"artifacts/report/{section}.json").read_text())
+        assert report["samples"]
+    link = trained / "base/megacontext_base_d2"
+    assert link.is_symlink()
+    assert link.resolve() == (trained / "artifacts/megacontext_base_d2").resolve()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_stage_continues_to_the_same_losses(trained, tmp_path, stage):
+    kill_after = {"base": 4, "mid": 8, "sft": 3}[stage]
+    for part in ("base", *(f"artifacts/megacontext_{s}_d2" for s in STAGES if s < stage or stage != "base")):
+        if part != f"artifacts/megacontext_{stage}_d2":
+            shutil.copytree(trained / part, tmp_path / part, symlinks=True)
+    shutil.rmtree(tmp_path / f"artifacts/megacontext_{stage}_d2", ignore_errors=True)
+    process = subprocess.Popen(
+        command(STAGES[stage]), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
+    )
+    metrics = tmp_path / f"artifacts/megacontext_{stage}_d2/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or f'"step": {kill_after}' not in metrics.read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run(tmp_path, STAGES[stage])
+    assert losses(tmp_path, stage) == losses(trained, stage)
+
+
+def test_a_finished_stage_says_so_and_a_changed_flag_is_refused_with_both_values(trained):
+    before = sorted(p.name for p in (trained / "artifacts/megacontext_base_d2").iterdir())
+    assert "is finished (12 steps)" in run(trained, "base_train")
+    said = run(trained, "base_train", "--matrix-lr", "0.5", "--seed", "3", status=2)
+    assert "0.01" in said
+    assert "0.5" in said
+    assert "42" in said
+    assert "Traceback" not in said
+    assert sorted(p.name for p in (trained / "artifacts/megacontext_base_d2").iterdir()) == before
+
+
+def test_fresh_starts_under_a_new_tag_and_deletes_nothing(trained):
+    run(trained, "base_train", "--fresh", "--num-iterations", "2", "--eval-every", "-1")
+    assert (trained / "artifacts/megacontext_base_d2-2/000002").is_dir()
+    assert (trained / f"artifacts/megacontext_base_d2/{N:06d}").is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_at_the_next_step_and_the_same_command_continues(trained, tmp_path, number):
+    shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
+    long = ("--num-iterations", "100000", "--save-every", "-1", "--eval-every", "-1")
+    process = subprocess.Popen(
+        command("base_train", *long), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "artifacts/megacontext_base_d2/metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + number
+    assert "run the same command to continue" in said
+    (saved,) = (tmp_path / "artifacts/megacontext_base_d2").glob("0*")
+    assert int(saved.name) >= 5
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(trained, tmp_path):
+    shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
+    shutil.copytree(trained / "artifacts", tmp_path / "artifacts")
+    step = tmp_path / f"artifacts/megacontext_base_d2/{N:06d}"
+    data = max((p for p in (step / "params").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    data.write_bytes(damaged)
+    shutil.rmtree(tmp_path / "artifacts/megacontext_mid_d2")
+    said = run(tmp_path, "mid_train", status=2)
+    assert data.name in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "word"),
+    [
+        ("base_train", ("--depht", "3"), "--depth"),
+        ("base_train", ("--data-dir", "/does/not/exist"), "/does/not/exist"),
+        ("base_train", ("--vocab-size", "600"), "tok_train"),
+        ("mid_train", ("--tag", "nothing"), "nothing"),
+        ("base_train", ("--total-batch-size", "100"), "--total-batch-size"),
+        ("base_train", ("--attention-impl", "cudnn", "--fresh"), "cudnn"),
+        ("base_train", ("--tensor-axis", "3"), "--tensor-axis"),
+    ],
+)
+def test_mistakes_are_one_clear_sentence(trained, script, flags, word):
+    said = run(trained, script, *flags, status=2)
+    assert word in said
+    assert "Traceback" not in said
