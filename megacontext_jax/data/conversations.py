@@ -24,7 +24,7 @@ import xxhash
 
 from megacontext_jax.data.batches import BatchStream, ValBatches
 from megacontext_jax.data.packing import BestFitDataset, ConcatDataset, PaddedDataset, count_padded_rows
-from megacontext_jax.data.records import Record, RecordDataset, documents_of, make_record
+from megacontext_jax.data.records import PerThread, Record, RecordDataset, documents_of, make_record
 from megacontext_jax.data.rowgroups import check_shard
 from megacontext_jax.data.stream import load_tokenizer
 from megacontext_jax.data.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ class _Render:
         self, source: Source, tokenizer: Tokenizer, seed: int | None, max_tokens: int | None, mask: bool
     ):
         self.source = source
-        self.tokenizer = tokenizer
+        self.tokenizer = PerThread(tokenizer)
         self.seed = seed
         self.max_tokens = max_tokens
         self.mask = mask
@@ -186,7 +186,7 @@ class _Render:
 
     def ids_and_mask(self, index: int) -> tuple[list[int], list[int]]:
         """Conversation `index` of the source, rendered."""
-        return self.tokenizer.render_conversation(self.source[index], max_tokens=self.max_tokens)
+        return self.tokenizer().render_conversation(self.source[index], max_tokens=self.max_tokens)
 
 
 class ConversationStream(BatchStream):

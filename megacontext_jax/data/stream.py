@@ -17,7 +17,7 @@ import xxhash
 
 from megacontext_jax.data.batches import BatchStream, ValBatches
 from megacontext_jax.data.packing import BestFitDataset, ConcatDataset
-from megacontext_jax.data.records import Record, RecordDataset, make_record
+from megacontext_jax.data.records import PerThread, Record, RecordDataset, make_record
 from megacontext_jax.data.rowgroups import RowGroupSource, check_shards
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
@@ -69,7 +69,7 @@ class _Tokenise:
 
     def __init__(self, source: RowGroupSource, tokenizer: Tokenizer):
         self.source = source
-        self.tokenizer = tokenizer
+        self.tokenizer = PerThread(tokenizer)
 
     def __call__(self, record: int, group: int) -> Record:
         return make_record(record, self._encode(self.source[group]))
@@ -80,7 +80,8 @@ class _Tokenise:
         return [(np.array(row, np.int32), None) for row in self._encode([texts[i] for i in numbers])]
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer.encode(texts, prepend=self.tokenizer.bos, num_threads=1)
+        tokenizer = self.tokenizer()
+        return tokenizer.encode(texts, prepend=tokenizer.bos, num_threads=1)
 
 
 class PretrainStream(BatchStream):

@@ -2,6 +2,8 @@
 
 import ast
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -203,6 +205,15 @@ def test_a_position_of_another_tokenizer_is_refused(tokenizer):
     state = pretrain_stream(TRAIN, tokenizer, *SHAPE).get_state()
     with pytest.raises(UserError, match="tokenizer changed"):
         pretrain_stream(TRAIN, other, *SHAPE, state=state)
+
+
+def test_each_reading_thread_has_a_tokenizer_of_its_own(tokenizer):
+    own = pickle.loads(pickle.dumps(records.PerThread(tokenizer)))
+    assert records.PerThread(tokenizer)() is tokenizer
+    with ThreadPoolExecutor(1) as pool:
+        first, second = pool.submit(own).result(), pool.submit(own).result()
+    assert first is second is not own()
+    assert first.digest == tokenizer.digest
 
 
 # Who reads what
