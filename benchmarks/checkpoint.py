@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 from benchmarks.common import machine
-from megacontext_jax.train import digest
-from megacontext_jax.train.checkpoint import Checkpoints
-from megacontext_jax.train.runs import step_folder
+from megacontext_jax.checkpoints import digest
+from megacontext_jax.checkpoints.runs import step_folder
+from megacontext_jax.checkpoints.writer import Checkpoints
 
 VOCABULARY = 32768
 

@@ -62,7 +62,9 @@ def measure_jax() -> dict:
         for _ in range(6):
             cache = decode.init_cache(cfg, batch_size, PROMPT + NEW_TOKENS)
             lengths = jax.numpy.full(batch_size, PROMPT)
-            logits, cache = jax.block_until_ready(prefill_jit(decode.prefill, cfg)(params, prompt, lengths, cache))
+            logits, cache = jax.block_until_ready(
+                prefill_jit(decode.prefill, cfg)(params, prompt, lengths, cache)
+            )
             start = time.perf_counter()
             jax.block_until_ready(run(params, logits, cache))
             times.append(time.perf_counter() - start)
@@ -162,7 +164,9 @@ def spawn(side: str, python: str, module: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--torch-module", default="", help="checkout of PyTorch nanochat, classic")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has torch")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
@@ -195,13 +199,21 @@ def main() -> None:
     floor_ms = flops / (sides["jax"]["gemm_gflops"] * 1e9) * 1e3
     weight_bytes = 4 * (cfg.num_params()["total"] - cfg.num_params()["wte"])
     print(f"machine   {machine()}")
-    print(f"roofline  step {flops / 1e9:.1f} GFLOP at {sides['jax']['gemm_gflops']:.0f} GFLOP/s = {floor_ms:.0f} ms;")
+    print(
+        f"roofline  step {flops / 1e9:.1f} GFLOP at {sides['jax']['gemm_gflops']:.0f} GFLOP/s = {floor_ms:.0f} ms;"
+    )
     print(f"          decode reads {weight_bytes / 1e6:.1f} MB of weights per step")
     print(f"{'':<8}{'step ms':>10}{'tokens/s':>11}" + "".join(f"{f'decode B{b} ms':>16}" for b in BATCHES))
     for side, r in sides.items():
         cells = "".join(f"{r[f'decode_b{b}_ms']:>16.2f}" for b in BATCHES)
         print(f"{side:<8}{r['step_ms']:>10.1f}{tokens / r['step_ms'] * 1e3:>11,.0f}{cells}")
-    record = {"benchmark": "train_decode", "machine": machine(), "shape": SHAPE, "rows": ROWS, "floor_ms": floor_ms}
+    record = {
+        "benchmark": "train_decode",
+        "machine": machine(),
+        "shape": SHAPE,
+        "rows": ROWS,
+        "floor_ms": floor_ms,
+    }
     record |= {side: r | {"tokens_per_s": tokens / r["step_ms"] * 1e3} for side, r in sides.items()}
     print(json.dumps(record | {"python": platform.python_version()}))
 

@@ -6,13 +6,13 @@
 Nothing is computed or written.
 """
 
+from megacontext_jax.checkpoints.runs import unused_tag
 from megacontext_jax.cli import parse, run_main
 from megacontext_jax.config import STAGES
 from megacontext_jax.errors import UserError
 from megacontext_jax.telemetry import hardware
 from megacontext_jax.telemetry.progress import format_quantity
 from megacontext_jax.train.plan import model_of, plan_stage
-from megacontext_jax.train.runs import unused_tag
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +37,10 @@ def main(argv: list[str]) -> None:
     devices = needed if accelerated else 1
     width = 2 if accelerated and config.run.compute_dtype != "float32" else 4
     n = cfg.num_params()
-    print(f"Model: {cfg.arch}, depth {cfg.n_layer}, width {cfg.n_embd}, {cfg.n_head} heads of {cfg.head_dim}, ", end="")
+    print(
+        f"Model: {cfg.arch}, depth {cfg.n_layer}, width {cfg.n_embd}, {cfg.n_head} heads of {cfg.head_dim}, ",
+        end="",
+    )
     print(f"vocabulary {cfg.vocab_size:,}, {cfg.sequence_len:,} tokens per row")
     print(f"       {n['total']:,} parameters, {cfg.flops_per_token():,} training FLOPs per token")
     print(f"Data:  {config.data.data_dir or config.data.dataset}")
@@ -56,7 +59,10 @@ def main(argv: list[str]) -> None:
             f"{p.name:<6}{steps:>10}{p.tokens_per_step:>13,}{rows:>14}{tokens:>10}{flops:>10}"
             f"{format_quantity(p.memory_bytes, 'B'):>15}"
         )
-    print("\nStages: prepare_data, tok_train, tok_eval, base_train, base_loss, mid_train, chat_eval (mid), ", end="")
+    print(
+        "\nStages: prepare_data, tok_train, tok_eval, base_train, base_loss, mid_train, chat_eval (mid), ",
+        end="",
+    )
     print("chat_sft, chat_eval (sft), report, chat")
 
 

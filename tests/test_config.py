@@ -49,7 +49,12 @@ def test_a_bad_flag_is_one_sentence_that_names_it(pair, words):
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("model:\n  dpeth: 3\n", "dpeth"), ("modle:\n  depth: 3\n", "modle"), ("- 1\n", "sections"), ("a: [", "a: ")],
+    [
+        ("model:\n  dpeth: 3\n", "dpeth"),
+        ("modle:\n  depth: 3\n", "modle"),
+        ("- 1\n", "sections"),
+        ("a: [", "a: "),
+    ],
 )
 def test_a_bad_file_is_one_sentence_that_names_it(tmp_path, text, word):
     path = tmp_path / "mine.yaml"
@@ -64,7 +69,8 @@ def test_a_bad_file_is_one_sentence_that_names_it(tmp_path, text, word):
 
 def test_words_of_the_command_line():
     config = parse(
-        ["--config", "run10_cpu", "-i", "mid", "-p", "-5 + 3?", "--", "--fresh", "--seed=3", "-t", "0"], doc=""
+        ["--config", "run10_cpu", "-i", "mid", "-p", "-5 + 3?", "--", "--fresh", "--seed=3", "-t", "0"],
+        doc="",
     )
     assert config.eval.source == "mid"
     assert config.chat.prompt == "-5 + 3?"

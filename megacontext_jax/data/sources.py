@@ -6,7 +6,7 @@ from pathlib import Path
 import xxhash
 
 from megacontext_jax.config import Config
-from megacontext_jax.data import corpus, rowgroups, shards, textdir
+from megacontext_jax.data import corpus, mixture, rowgroups, shards, textdir
 from megacontext_jax.data.conversations import ConversationSource, Source
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
@@ -31,6 +31,7 @@ class ChatData:
     about: str
     train: Source
     val: Source
+    shuffled: bool = False  # the order of `train` is a good one already
 
 
 def prepare_text(config: Config, *, download: bool = False, echo=print) -> TextData:
@@ -60,7 +61,7 @@ def conversations(config: Config, stage: str, *, download: bool = False, echo=pr
     if download:
         mixture.download_mixture(stage, folder)
     train, val = (mixture.build_mixture(f"{stage}_{split}", folder) for split in ("train", "val"))
-    return ChatData(f"nanochat's mixture, {folder}", train, val)
+    return ChatData(f"nanochat's mixture, {folder}", train, val, shuffled=True)
 
 
 def build_corpus(config: Config, *, echo=print) -> Path:

@@ -8,12 +8,12 @@ from jax.sharding import Mesh
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
+from megacontext_jax.checkpoints.restore import load_params, read_meta
+from megacontext_jax.checkpoints.runs import find_run, latest_step
 from megacontext_jax.config import Config
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
-from megacontext_jax.train.restore import load_params, read_meta
-from megacontext_jax.train.runs import find_run, latest_step
 
 
 @dataclass(frozen=True)

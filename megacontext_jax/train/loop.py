@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from megacontext_jax import mesh as meshes
+from megacontext_jax.checkpoints.writer import Checkpoints
 from megacontext_jax.config import Config
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
@@ -23,7 +24,6 @@ from megacontext_jax.runtime import print0
 from megacontext_jax.telemetry import hardware, report
 from megacontext_jax.telemetry.progress import StepMeter, StepPrinter
 from megacontext_jax.telemetry.sinks import open_metrics
-from megacontext_jax.train.checkpoint import Checkpoints
 from megacontext_jax.train.schedule import lr_multiplier
 from megacontext_jax.train.step import LossFn, TrainState, abstract_state, init_state, make_train_step
 from megacontext_jax.train.stop import Stopper

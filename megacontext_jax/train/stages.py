@@ -7,6 +7,8 @@ import jax
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
+from megacontext_jax.checkpoints.restore import load_params, read_meta
+from megacontext_jax.checkpoints.runs import find_run, latest_step, run_folder, unused_tag
 from megacontext_jax.config import Config, fixed_options
 from megacontext_jax.data import sources
 from megacontext_jax.data.conversations import (
@@ -23,8 +25,6 @@ from megacontext_jax.runtime import print0
 from megacontext_jax.train.loop import Setup
 from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.plan import batch_layout, horizon, model_of
-from megacontext_jax.train.restore import load_params, read_meta
-from megacontext_jax.train.runs import find_run, latest_step, run_folder, unused_tag
 
 SOURCE_STAGE = {"mid": "base", "sft": "mid"}
 TOKENIZER_FOLDER = "tokenizer"
@@ -85,7 +85,7 @@ def prepare(config: Config, stage: str) -> Setup:
             tokenizer,
             rows_here,
             seq_len,
-            shuffle=not opts.curriculum,
+            shuffle=not (opts.curriculum or chat.shuffled),
             seed=run.seed,
             **layout,
             **here,

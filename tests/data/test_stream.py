@@ -3,11 +3,14 @@
 import ast
 import json
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from megacontext_jax.data import batches, conversations, mixture, packing, records, spelling, stream
@@ -164,6 +167,30 @@ def test_worker_processes_give_the_same_batches_and_positions(tokenizer):
         worked.close()
     again = pretrain_stream(TRAIN, tokenizer, *SHAPE, state=json.loads(state))
     assert_same(take(again, 40), expected[60:])
+
+
+def test_workers_end_with_a_killed_run(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, time\n"
+        "from megacontext_jax.data.stream import pretrain_stream\n"
+        "if __name__ == '__main__':\n"
+        "    stream = pretrain_stream(sys.argv[2:], sys.argv[1], 2, 32, num_workers=1)\n"
+        "    next(stream)\n"
+        "    print('reading', flush=True)\n"
+        "    time.sleep(300)\n"
+    )
+    command = [sys.executable, str(script), str(BASE_DIR / "tokenizer"), *map(str, TRAIN)]
+    root = str(Path(stream.__file__).parents[2])
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=root)
+    try:
+        assert run.stdout.readline() == b"reading\n"
+        workers = psutil.Process(run.pid).children(recursive=True)
+        assert workers
+    finally:
+        run.kill()
+        run.wait()
+    assert psutil.wait_procs(workers, timeout=20)[1] == []
 
 
 @pytest.mark.parametrize(

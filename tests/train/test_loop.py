@@ -27,7 +27,12 @@ def environment(folder: Path) -> dict:
 
 def run(folder: Path, script: str, *flags: str, status: int = 0) -> str:
     done = subprocess.run(
-        command(script, *flags), cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=300
+        command(script, *flags),
+        cwd=ROOT,
+        env=environment(folder),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr

@@ -65,7 +65,7 @@ def test_two_processes_give_the_single_device_curve(single):
 def test_meshes_that_do_not_fit_are_refused():
     n = jax.device_count()
     for axes in [(n + 1, 1, 1), (-1, n + 1, 1), (-1, -1, 1), (0, 1, 1)]:
-        with pytest.raises(UserError, match="axis|xes"):
+        with pytest.raises(UserError, match=r"axis|xes"):
             meshes.make_mesh(*axes)
     with pytest.raises(UserError, match="--process-id"):
         meshes.start_distributed("127.0.0.1:1", 2, 2)

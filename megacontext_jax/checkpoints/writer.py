@@ -33,10 +33,9 @@ from pathlib import Path
 import jax
 import orbax.checkpoint as ocp
 
-from megacontext_jax.errors import UserError
-from megacontext_jax.train import digest
-from megacontext_jax.train.processes import agree, gather_json
-from megacontext_jax.train.restore import (
+from megacontext_jax.checkpoints import digest
+from megacontext_jax.checkpoints.processes import agree, gather_json
+from megacontext_jax.checkpoints.restore import (
     FORMAT,
     Restored,
     check_compatible,
@@ -48,7 +47,7 @@ from megacontext_jax.train.restore import (
     restore,
     silence_orbax,
 )
-from megacontext_jax.train.runs import (
+from megacontext_jax.checkpoints.runs import (
     STAGES,
     FolderLock,
     find_run,
@@ -59,6 +58,7 @@ from megacontext_jax.train.runs import (
     steps,
     unused_tag,
 )
+from megacontext_jax.errors import UserError
 
 __all__ = [
     "STAGES",

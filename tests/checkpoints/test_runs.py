@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megacontext_jax.errors import UserError
-from megacontext_jax.train.runs import (
+from megacontext_jax.checkpoints.runs import (
     FolderLock,
     find_run,
     latest_step,
@@ -18,6 +17,7 @@ from megacontext_jax.train.runs import (
     steps,
     unused_tag,
 )
+from megacontext_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_link_over_a_dangling_link(roots):
 HOLD = """
 import sys, time
 from pathlib import Path
-from megacontext_jax.train.runs import FolderLock
+from megacontext_jax.checkpoints.runs import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)
@@ -173,7 +173,7 @@ def test_lock_within_a_process(roots):
 FORK = """
 import os, sys, time
 from pathlib import Path
-from megacontext_jax.train.runs import FolderLock
+from megacontext_jax.checkpoints.runs import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 child = os.fork()
 if child == 0:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from megacontext_jax.train import digest
+from megacontext_jax.checkpoints import digest
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from megacontext_jax.checkpoints import digest
+from megacontext_jax.checkpoints import writer as checkpoint
+from megacontext_jax.checkpoints.writer import Checkpoints, check_compatible, load_params, read_meta, restore
 from megacontext_jax.errors import UserError
-from megacontext_jax.train import checkpoint, digest
-from megacontext_jax.train.checkpoint import Checkpoints, check_compatible, load_params, read_meta, restore
 
 ADAM = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)
 MOMENTUM = optax.chain(optax.clip(1.0), optax.sgd(0.1, momentum=0.9, nesterov=True))

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from megacontext_jax.checkpoints import digest
+from megacontext_jax.checkpoints.processes import agree
+from megacontext_jax.checkpoints.runs import step_folder, steps
 from megacontext_jax.errors import UserError
-from megacontext_jax.train import digest
-from megacontext_jax.train.processes import agree
-from megacontext_jax.train.runs import step_folder, steps
 
 FORMAT = 1  # raised when an older reader would misread what is written
 

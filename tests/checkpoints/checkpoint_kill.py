@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from megacontext_jax.train import checkpoint, digest
+from megacontext_jax.checkpoints import digest
+from megacontext_jax.checkpoints import writer as checkpoint
 
 SIZE = 400_000
 KEEP = 2
