@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -78,5 +79,9 @@ def gpt_model(
     weight for every token.
     """
     dtype = np.dtype(dtype)
-    unstacked = jax.jit(lambda p: decode.unstack_layers(jax.tree.map(lambda w: w.astype(dtype), p)))
-    return Model(GPTDecoder(cfg, attention, dtype), unstacked(params))
+    return Model(GPTDecoder(cfg, attention, dtype), _prepare(params, dtype))
+
+
+@partial(jax.jit, static_argnums=1)
+def _prepare(params, dtype: np.dtype):
+    return decode.unstack_layers(jax.tree.map(lambda w: w.astype(dtype), params))

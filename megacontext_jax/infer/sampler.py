@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from megacontext_jax.errors import UserError
 
-NUCLEUS = 1024  # candidates for top-p without top-k
+NUCLEUS = 256  # candidates for top-p without top-k
 _COLDEST = 1e-6  # temperatures below are greedy
 
 
@@ -31,7 +31,7 @@ def settings(
     """Checked settings and the number of candidates they need.
 
     `top_k` None or 0 is off, and so is one beyond the vocabulary; `top_p` None or 1 is off. Top-p without
-    top-k looks at the 1,024 most likely tokens. Raises UserError for values outside their range.
+    top-k looks at the 256 most likely tokens. Raises UserError for values outside their range.
     """
     top_k, top_p = top_k or 0, 1.0 if top_p is None else top_p
     if not 0 <= temperature < float("inf"):
