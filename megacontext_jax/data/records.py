@@ -5,6 +5,8 @@ A *record* is `{"record": k, "tokens": int32[N], "lengths": int32[D]}`, optional
 """
 
 import copy
+import multiprocessing
+import os
 import pickle
 import threading
 from collections.abc import Mapping, Sequence
@@ -93,6 +95,16 @@ class PerThread:
         return self._copies.tokenizer
 
 
+def _end_with_parent(*_: int) -> None:
+    """For worker processes: without it they outlive a training process that was killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class RecordDataset(grain.IterDataset):
     """The records of a map dataset in order, prepared ahead; the state is `{"next_record": k}`.
 
@@ -139,7 +151,7 @@ class _RecordIterator(grain.DatasetIterator):
             num_threads=0, prefetch_buffer_size=0
         )  # a worker needs no thread beside it
         return records.to_iter_dataset(in_turn).mp_prefetch(
-            grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead), _end_with_parent
         )
 
     def get_state(self) -> dict[str, int]:
