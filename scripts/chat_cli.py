@@ -7,10 +7,9 @@
 In a conversation: clear starts over, quit leaves, Ctrl-C stops an answer.
 """
 
-from megacontext_jax.infer.chat import ChatLoop
-
 from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main
+from megacontext_jax.infer.chat import ChatLoop
 from megacontext_jax.infer.load import load_engine
 
 
@@ -22,9 +21,7 @@ def main(argv: list[str]) -> int | None:
     prompt = config.chat.prompt or (config.chat.demo and config.chat.demo_prompt)
     if prompt:
         return loop.answer_once(prompt)
-    print(
-        f"{model.folder.name} at step {model.step}. clear starts over, quit leaves, Ctrl-C stops an answer."
-    )
+    print(f"{model}. clear starts over, quit leaves, Ctrl-C stops an answer.")
     return loop.run()
 
 

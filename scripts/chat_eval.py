@@ -11,7 +11,6 @@ from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main
 from megacontext_jax.eval import chat
 from megacontext_jax.infer.load import load_engine
-from megacontext_jax.paths import report_dir
 from megacontext_jax.telemetry import report
 
 
@@ -22,20 +21,20 @@ def main(argv: list[str]) -> None:
     ]
     config = parse(argv, doc=__doc__, show=("eval", "run"))
     runtime.start(config.run)
-    stage, opts = config.eval.source, config.eval
+    opts = config.eval
     engine, model = load_engine(config)
-    runtime.print0(f"{model.folder.name} at step {model.step}, questions of seed {opts.eval_seed}")
+    print(f"{model}, {opts.num_examples} questions of each kind, seed {opts.eval_seed}")
     results, transcripts = chat.evaluate_kinds(engine, opts)
     for kind, r in results.items():
-        runtime.print0(f"{kind:<12} accuracy {r['accuracy']:7.2%}   chance {r['chance']:7.2%}   n {r['n']}")
-    chat.write_results(report_dir() / f"chat_eval_{stage}.json", results)
-    report.write_section(
-        f"chat-evaluation-{stage}",
-        f"Chat evaluation {stage}",
-        {"model": f"{model.folder.name}, step {model.step}", "seed": opts.eval_seed},
-        accuracy=results,
+        print(f"{kind:<12} accuracy {r['accuracy']:7.2%}   chance {r['chance']:7.2%}   n {r['n']}")
+    path = report.write_chat_eval(
+        opts.source,
+        results,
+        {"model": str(model), "seed": opts.eval_seed},
+        run=f"{model}, seed {opts.eval_seed}",
         samples=transcripts,
     )
+    print(f"Wrote {path}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step
 from megacontext_jax.config import Config
 from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.infer.engine import Engine
+from megacontext_jax.infer.model import gpt_model
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
 
@@ -49,3 +51,11 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
         cfg, attention_impl=config.run.attention_impl, dtype=runtime.compute_dtype(config.run)
     )
     return LoadedModel(objective, params, Tokenizer.load(folder / "tokenizer"), folder, step)
+
+
+def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
+    """An engine on one device around the model of `--source`, `--tag` and `--step`."""
+    model = load_model(config)
+    attention = model.objective.attention.fn
+    decoder = gpt_model(model.params, model.cfg, attention=attention, dtype=model.objective.dtype)
+    return Engine(decoder, model.tokenizer), model

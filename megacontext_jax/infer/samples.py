@@ -40,7 +40,9 @@ def draw_samples(objective: Objective, tokenizer, prompts: list[list[int]], para
     prompts = [p for p in prompts if len(p) < window]
     if not prompts:
         return []
-    local = jax.tree.map(np.asarray, params) if jax.process_count() == 1 and jax.device_count() > 1 else params
+    local = (
+        jax.tree.map(np.asarray, params) if jax.process_count() == 1 and jax.device_count() > 1 else params
+    )
     engine = Engine(gpt_model(local, objective.cfg, dtype=objective.dtype), tokenizer)
     rows, _ = engine.generate_batch(prompts, max_tokens=LONGEST, temperature=0.0)
     return [
