@@ -182,15 +182,18 @@ def test_workers_end_with_a_killed_run(tmp_path):
     )
     command = [sys.executable, str(script), str(BASE_DIR / "tokenizer"), *map(str, TRAIN)]
     root = str(Path(stream.__file__).parents[2])
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=root)
-    try:
-        assert run.stdout.readline() == b"reading\n"
-        workers = psutil.Process(run.pid).children(recursive=True)
-        assert workers
-    finally:
-        run.kill()
-        run.wait()
-    assert psutil.wait_procs(workers, timeout=20)[1] == []
+    workers = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=root) as run:
+        try:
+            assert run.stdout.readline() == b"reading\n"
+            workers = psutil.Process(run.pid).children(recursive=True)
+            assert workers
+        finally:
+            run.kill()
+    outlived = psutil.wait_procs(workers, timeout=20)[1]
+    for worker in outlived:
+        worker.kill()
+    assert not outlived
 
 
 @pytest.mark.parametrize(
