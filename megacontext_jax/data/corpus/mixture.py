@@ -91,37 +91,54 @@ def make_item(
 
 
 def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, turn: int) -> Item:
-    budget = _between(rng, 0.35 * row, (0.45 + 0.5 * level) * row)
+    # A chat fills its row and asks nothing twice; a document has the length of its place in the curriculum.
+    budget = 0.96 * row if turn else _between(rng, 0.35 * row, (0.45 + 0.5 * level) * row)
+
+    def questions(n: int, statement: int, question: int) -> int:
+        fitting = int(budget - n * statement) // (question + turn)
+        return max(2, min(fitting, n) if turn else fitting)
+
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
-        return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // (9 + turn)))
+        return ledgers.ledger(rng, n, questions(n, 3, 9))
     if kind == "recall":
         n = _between(rng, 3, 8 + 12 * level)
-        return ledgers.recall(rng, n, max(1, (budget - 3 * n) // (5 * n + 4 + turn)))
+        return ledgers.recall(rng, n, max(1, int(budget - 3 * n) // (5 * n + 4 + turn)))
     if kind == "facts":
-        n = _between(rng, 3, 4 + 4 * level)
-        questions = max(3, (budget - 9 * n) // (13 + turn))
-        return stories.facts(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
+        n = _between(rng, 3, (5 if turn else 4) + 4 * level)
+        return stories.facts(
+            rng, n, questions(n, 9, 13), variety=_variety(level), n_relations=_between(rng, 1, 2)
+        )
     if kind == "extract":
         n = _between(rng, 3, 5 + 5 * level)
-        questions = max(1, (budget - 9 * n) // (5 * n + 4 + turn))
-        return stories.extract(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
+        return stories.extract(
+            rng,
+            n,
+            max(1, int(budget - 9 * n) // (5 * n + 4 + turn)),
+            variety=_variety(level),
+            n_relations=_between(rng, 1, 2),
+        )
     if kind == "retell":
         n = _between(rng, 3, 5 + 5 * level)
-        questions = max(1, (budget - 9 * n) // (8 * n + 3 + turn))
-        return stories.retell(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
+        return stories.retell(
+            rng,
+            n,
+            max(1, int(budget - 9 * n) // (8 * n + 3 + turn)),
+            variety=_variety(level),
+            n_relations=_between(rng, 1, 2),
+        )
     if kind == "two_hop":
-        n = _between(rng, 2, 3 + 5 * level)
-        return ledgers.two_hop(rng, n, max(2, (budget - 6 * n) // (10 + turn)))
+        n = _between(rng, 2, (4 if turn else 3) + 5 * level)
+        return ledgers.two_hop(rng, n, questions(n, 6, 10))
     if kind == "arithmetic":
-        return arithmetic.sums(rng, budget // (12 + turn), split)
+        return arithmetic.sums(rng, int(budget // (12 + turn)), split)
     if kind == "spelling":
-        return spelling.spelling(rng, max(1, budget // (26 + turn)), split)
+        return spelling.spelling(rng, max(1, int(budget // (26 + turn))), split)
     if kind == "counting":
         return arithmetic.counting(rng, _between(rng, 3, 9), 3)
     if kind == "moves":
         n = _between(rng, 2, 4)
-        return stories.moves(rng, n, _between(rng, 1, 4), max(2, budget // (26 + turn)))
+        return stories.moves(rng, n, _between(rng, 1, 4), questions(n, 26, 14))
     if kind == "passkey":
         return stories.passkey(rng, _between(rng, 0, 5 + 10 * level), _between(rng, 1, 5 + 10 * level))
     raise ValueError(f"unknown kind of text: {kind}")

@@ -1,4 +1,4 @@
-"""The training stages as a user runs them: killed, continued, repeated, changed."""
+"""The recipe as a user runs it: from nothing to an answer; stages killed, continued, repeated, changed."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
 N = 12  # steps in tiny.yaml
 
@@ -49,27 +49,60 @@ def losses(folder: Path, stage: str) -> dict[int, float]:
     return found
 
 
+def recipe(folder: Path, *words: str, status: int = 0) -> str:
+    env = environment(folder) | {"MEGACONTEXT_PYTHON": sys.executable}
+    done = subprocess.run(["bash", *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """All stages, uninterrupted."""
+    """The whole recipe, uninterrupted."""
     folder = tmp_path_factory.mktemp("trained")
-    for script in ("prepare_data", "tok_train", *STAGES.values()):
-        run(folder, script)
+    (folder / "said.txt").write_text(recipe(folder, "run10.sh", "--config", "tests/tiny.yaml"))
     return folder
 
 
-def test_every_stage_learns(trained):
+def test_the_recipe_goes_from_nothing_to_an_answer(trained):
+    said = (trained / "said.txt").read_text()
+    assert "Traceback" not in said
+    report = trained / "artifacts/report"
+    for stage in ("mid", "sft"):
+        results = json.loads((report / f"chat_eval_{stage}.json").read_text())
+        assert {"ledger", "facts"} <= results.keys()
+        assert all({"accuracy", "chance", "n"} <= r.keys() for r in results.values())
+    text = (report / "report.md").read_text()
+    for heading in ("Base model training", "Midtraining", "Chat SFT", "Base model loss", "Summary"):
+        assert heading in text
+    for picture in ("loss.png", "accuracy.png"):
+        assert picture in text
+        assert (report / picture).read_bytes().startswith(b"\x89PNG")
+    assert "python bpb" in json.dumps(json.loads((report / "base-model-loss.json").read_text()))
     for stage in STAGES:
         curve = losses(trained, stage)
         assert sorted(curve) == list(range(N))
         assert curve[N - 1] < curve[0]
         assert (trained / f"artifacts/megacontext_{stage}_d2/{N:06d}").is_dir()
-        section = {"base": "base-model-training", "mid": "midtraining", "sft": "chat-sft"}[stage]
-        report = json.loads((trained / f"artifacts/report/{section}.json").read_text())
-        assert report["samples"]
     link = trained / "base/megacontext_base_d2"
     assert link.is_symlink()
     assert link.resolve() == (trained / "artifacts/megacontext_base_d2").resolve()
+
+
+def test_one_prompt_gets_one_answer(trained):
+    said = run(trained, "chat_cli", "-p", "2 + 3?", "-t", "0", "-m", "3")
+    assert said.strip()
+    too_long = run(trained, "chat_cli", "-p", "word " * 200, status=2)
+    assert "64" in too_long
+    assert "Traceback" not in too_long
+
+
+def test_the_big_recipes_refuse_this_machine_and_show_their_plan(tmp_path):
+    for name, parameters in (("speedrun", "560,988,160"), ("run1000", "1,879,048,192")):
+        assert "--dry-run" in recipe(tmp_path, f"{name}.sh", status=2)
+        assert parameters in recipe(tmp_path, f"{name}.sh", "--dry-run")
+    assert "bash run10.sh" in recipe(tmp_path, "run10.sh", "--help")
+    assert "--depth" in recipe(tmp_path, "run10.sh", "--config", "tests/tiny.yaml", "--dpeth", "3", status=2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
