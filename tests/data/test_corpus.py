@@ -13,7 +13,9 @@ from megacontext_jax.data.corpus import MANIFEST, build, mixture, python_english
 from megacontext_jax.data.corpus import build as build_function
 from megacontext_jax.data.corpus.words import CLASSES, SPELLED
 from megacontext_jax.data.corpus.world import split_of, stream
+from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
+from megacontext_jax.eval import tasks
 
 SMALL = {
     "pretrain_mchars": 0.6,
@@ -256,3 +258,43 @@ def test_command_line_prints_a_table_and_needs_no_jax(tmp_path):
     )
     assert failed.returncode == 2
     assert failed.stderr.startswith("error: The built-in corpus needs pretrain_mchars above 0")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus):
+    return Tokenizer.train(
+        (t for i in range(3) for t in texts(corpus / f"pretrain/shard_{i:05d}.parquet")), 2048
+    )
+
+
+def test_every_word_of_the_world_is_one_token(tokenizer):
+    """With 2,048 entries: recalling a word is then one step, in a document and in a chat turn."""
+    words = [word for group in CLASSES.values() for word in group]
+    assert [word for word in words if len(tokenizer.encode(" " + word)) != 1] == []
+    assert [n for n in range(100) if len(tokenizer.encode(str(n))) != 1] == []
+
+
+def test_conversations_fit_256_tokens(tokenizer):
+    for stage in mixture.CHATS:
+        for _, messages in mixture.chats(stream("train", 4, stage), "train", stage, 400):
+            ids, mask = tokenizer.render_conversation({"messages": messages}, max_tokens=10_000)
+            assert len(ids) <= 257
+            assert sum(mask) > 0
+
+
+def test_held_out_prompts_fit_256_tokens(tokenizer):
+    for kind in tasks.TASKS:
+        for example in tasks.make(kind, 100, seed=8):
+            assert len(tokenizer.render_conversation(example.conversation())[0]) <= 256
+
+
+def test_documents_of_the_first_tenth_are_short(tokenizer):
+    texts_ = [
+        text
+        for kind, text in mixture.documents(
+            stream("train", 3), "train", 0.0, 0.1, 150_000, mixture.English("train", 3), 20_000
+        )
+        if kind != "english"
+    ]
+    sizes = sorted(len(tokenizer.encode(text)) for text in texts_)
+    assert sizes[len(sizes) * 9 // 10] <= 128
