@@ -47,7 +47,7 @@ class Setup:
     loss_fn: LossFn
     nll_fn: Callable
     token_bytes: np.ndarray
-    validation: dict[str, Callable[[], Iterable[dict]]]  # metric name -> batches of [rows, T]
+    validation: dict[str, Iterable[dict]]  # metric name -> batches of [rows, T], the same each time
     identity: dict  # what a resumed run must share with its checkpoint
     description: dict  # model config, tokenizer digest: what a reader of the checkpoint needs
     start_params: Callable[[object], dict] | None = None  # template -> parameters of the stage before
@@ -204,7 +204,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     def validate(step: int) -> None:
         nonlocal best
         for name, batches in setup.validation.items():
-            results[name] = bits_per_byte(bpb_step, state.params, batches(), mesh)
+            results[name] = bits_per_byte(bpb_step, state.params, batches, mesh)
         main = results["val/bpb"]
         best = min(best, main)
         print0(

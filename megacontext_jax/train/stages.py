@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import jax
 
@@ -39,72 +40,25 @@ def prepare(config: Config, stage: str) -> Setup:
     mesh = meshes.make_mesh(run.data_axis, run.fsdp_axis, run.tensor_axis)
     seq_len = config.model.max_seq_len
 
-    source = None
-    if stage == "base":
+    source = None if stage == "base" else find_run(SOURCE_STAGE[stage], run.tag or f"d{config.model.depth}")
+    if source is None:
         text = sources.prepare_text(config)
         tokenizer = sources.load_tokenizer(text.tokenizer_dir)
         model = replace(model_of(config), vocab_size=tokenizer.vocab_size)
     else:
-        source = find_run(SOURCE_STAGE[stage], run.tag or f"d{config.model.depth}")
         tokenizer = Tokenizer.load(source / TOKENIZER_FOLDER)
         saved = read_meta(source, latest_step(source))["model_config"]
         model = GPTConfig(**(saved | {"sequence_len": seq_len}))
 
     rows, accumulation = batch_layout(opts, seq_len, meshes.batch_shards(mesh))
-    rows_here = rows // jax.process_count()
-    here = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    eval_rows = eval_batch_rows(opts, mesh) // jax.process_count()
-    if stage == "base":
-        data_digest, epoch_tokens = sources.fingerprint(text.train), None
-        stream = pretrain_stream(
-            text.train,
-            tokenizer,
-            rows_here,
-            seq_len,
-            packing=config.data.packing,
-            num_workers=config.data.workers,
-            **here,
-        )
-        prompts = document_prompts(text.val, tokenizer)
-        held_out = {"val/bpb": text.val} | {f"val/{name}_bpb": p for name, p in text.held_out.items()}
-        validation = {
-            name: partial(
-                val_batches, paths, tokenizer, eval_rows, seq_len, max_tokens=opts.eval_tokens, **here
-            )
-            for name, paths in held_out.items()
-        }
+    eval_rows = opts.device_batch_size * meshes.batch_shards(mesh)
+    layout = Layout(tokenizer, rows // jax.process_count(), eval_rows // jax.process_count(), seq_len)
+    if source is None:
+        data = text_data(config, text, layout)
     else:
-        chat = sources.conversations(config, stage)
-        data_digest = chat.train.digest
-        layout = {
-            "packing": "pad" if stage == "sft" else "stream",
-            "mask": stage == "sft" or opts.mask_prompts,
-        }
-        stream = conversation_stream(
-            chat.train,
-            tokenizer,
-            rows_here,
-            seq_len,
-            shuffle=not (opts.curriculum or chat.shuffled),
-            seed=run.seed,
-            **layout,
-            **here,
-        )
-        epoch_tokens, prompts = estimate_tokens(stream), chat_prompts(chat.val, tokenizer)
-        validation = {
-            "val/bpb": partial(
-                conversation_val_batches,
-                chat.val,
-                tokenizer,
-                eval_rows,
-                seq_len,
-                max_tokens=opts.eval_tokens,
-                **layout,
-                **here,
-            )
-        }
+        data = chat_data(config, stage, layout)
 
-    num_iterations = horizon(stage, opts, model, epoch_tokens, rows * seq_len)
+    num_iterations = horizon(stage, opts, model, data.epoch_tokens, rows * seq_len)
     dtype = runtime.compute_dtype(run)
     objective = make_objective(model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat)
     optimizer = make_optimizer(
@@ -117,7 +71,7 @@ def prepare(config: Config, stage: str) -> Setup:
     identity = {
         "model": model.to_dict(),
         stage: fixed_options(opts),
-        "data": fixed_options(config.data) | {"files": data_digest},
+        "data": fixed_options(config.data) | {"files": data.digest},
         "tokenizer": tokenizer.digest,
         "seed": run.seed,
         "source": source and f"{source.name} at step {latest_step(source)}",
@@ -160,20 +114,91 @@ def prepare(config: Config, stage: str) -> Setup:
         mesh=mesh,
         num_iterations=num_iterations,
         accumulation=accumulation,
-        stream=stream,
+        stream=data.stream,
         init=objective.init,
         optimizer=optimizer,
         loss_fn=objective.loss,
         nll_fn=objective.nll,
         token_bytes=tokenizer.token_bytes(),
-        validation=validation,
+        validation=data.validation,
         identity=identity,
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest},
         start_params=source and partial(load_params, source, latest_step(source)),
-        sample=partial(draw_samples, objective, tokenizer, prompts) if jax.process_count() == 1 else None,
+        sample=partial(draw_samples, objective, tokenizer, data.prompts)
+        if jax.process_count() == 1
+        else None,
         facts=facts,
     )
 
 
-def eval_batch_rows(opts, mesh) -> int:
-    return opts.device_batch_size * meshes.batch_shards(mesh)
+class Layout(NamedTuple):
+    """How this process reads: rows per step and per evaluation batch, tokens per row."""
+
+    tokenizer: Tokenizer
+    rows: int
+    eval_rows: int
+    seq_len: int
+
+
+class StageData(NamedTuple):
+    """What a stage reads: a stream, held-out batches by metric name, and beginnings for samples."""
+
+    stream: object
+    validation: dict
+    digest: str
+    epoch_tokens: int | None
+    prompts: list[list[int]]
+
+
+def text_data(config: Config, text: sources.TextData, layout: Layout) -> StageData:
+    opts, processes = config.base, _this_process()
+    stream = pretrain_stream(
+        text.train,
+        layout.tokenizer,
+        layout.rows,
+        layout.seq_len,
+        packing=config.data.packing,
+        num_workers=config.data.workers,
+        **processes,
+    )
+    held_out = {"val/bpb": text.val} | {f"val/{name}_bpb": paths for name, paths in text.held_out.items()}
+    validation = {
+        name: val_batches(
+            paths,
+            layout.tokenizer,
+            layout.eval_rows,
+            layout.seq_len,
+            max_tokens=opts.eval_tokens,
+            **processes,
+        )
+        for name, paths in held_out.items()
+    }
+    prompts = document_prompts(text.val, layout.tokenizer)
+    return StageData(stream, validation, sources.fingerprint(text.train), None, prompts)
+
+
+def chat_data(config: Config, stage: str, layout: Layout) -> StageData:
+    """Mid-training reads a stream of whole conversations, SFT rows of them; SFT counts answers only."""
+    opts, chat = getattr(config, stage), sources.conversations(config, stage)
+    options = _this_process() | {
+        "packing": "pad" if stage == "sft" else "stream",
+        "mask": stage == "sft" or opts.mask_prompts,
+    }
+    stream = conversation_stream(
+        chat.train,
+        layout.tokenizer,
+        layout.rows,
+        layout.seq_len,
+        shuffle=not (opts.curriculum or chat.shuffled),
+        seed=config.run.seed,
+        **options,
+    )
+    val = conversation_val_batches(
+        chat.val, layout.tokenizer, layout.eval_rows, layout.seq_len, max_tokens=opts.eval_tokens, **options
+    )
+    prompts = chat_prompts(chat.val, layout.tokenizer)
+    return StageData(stream, {"val/bpb": val}, chat.train.digest, estimate_tokens(stream), prompts)
+
+
+def _this_process() -> dict:
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}

@@ -73,9 +73,7 @@ def uniform() -> MockDecoder:
     return MockDecoder(lambda length_B, _: jnp.zeros((length_B.shape[0], 320)))
 
 
-TINY = GPTConfig(
-    arch="classic", sequence_len=64, vocab_size=320, n_layer=2, n_head=2, n_kv_head=1, n_embd=32
-)
+TINY = GPTConfig(arch="classic", sequence_len=64, vocab_size=320, n_layer=1, n_head=2, n_kv_head=1, n_embd=32)
 
 
 def tiny_params(seed: int = 0, cfg: GPTConfig = TINY) -> dict:
