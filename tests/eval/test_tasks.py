@@ -3,12 +3,12 @@
 import re
 
 import pytest
-from corpus_reader import answer_from_text
 
 from megacontext_jax.data.corpus import mixture
 from megacontext_jax.data.corpus.world import document, split_of, stream
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval import tasks
+from tests.corpus_reader import answer_from_text
 
 
 @pytest.mark.parametrize("kind", tasks.TASKS)

@@ -16,7 +16,7 @@ from megacontext_jax.data.corpus import mixture
 from megacontext_jax.data.corpus.world import stream
 from megacontext_jax.errors import UserError
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 MANIFEST = "manifest.json"
 _ROW_GROUP = 1024
 _TEXT = pa.schema([("text", pa.string())])
