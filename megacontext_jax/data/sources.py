@@ -44,9 +44,14 @@ def prepare_text(config: Config, *, download: bool = False, echo=print) -> TextD
         folder = build_corpus(config, echo=echo)
         held_out = {"python": [folder / "python_val.parquet"]}
         return _text(folder / "pretrain", _tokenizer_dir(folder, config), held_out)
+    folder = shards.dataset_dir(data.dataset)
     if download:
         shards.download_dataset(data.dataset, data.num_shards, base_url=data.base_url or None)
-    return _text(shards.dataset_dir(data.dataset), base_dir() / "tokenizer")
+    elif not folder.exists():
+        raise UserError(
+            f"There are no shards in {folder}; run python -m scripts.prepare_data with the same flags."
+        )
+    return _text(folder, base_dir() / "tokenizer")
 
 
 def conversations(config: Config, stage: str, *, download: bool = False, echo=print) -> ChatData:

@@ -6,10 +6,12 @@ compiled program wherever K is the same. Every row has its own key, so that what
 the rows beside it.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from megacontext_jax.errors import UserError
 
@@ -48,13 +50,18 @@ def settings(
         candidates = min(vocab_size, max(64, 1 << (top_k - 1).bit_length()))
     else:
         candidates = min(vocab_size, NUCLEUS) if top_p < 1 else 0
-    scalars = Settings(jnp.float32(max(temperature, _COLDEST)), jnp.int32(top_k), jnp.float32(top_p))
+    scalars = Settings(np.float32(max(temperature, _COLDEST)), np.int32(top_k), np.float32(top_p))
     return scalars, candidates
 
 
 def row_keys(seed: int, rows: int) -> jax.Array:
     """One key per row, a function of the seed and the row's number alone."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed % 2**32), jnp.arange(rows))
+    return _row_keys(np.uint32(seed % 2**32), rows)
+
+
+@partial(jax.jit, static_argnums=1)
+def _row_keys(seed, rows: int):
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(rows))
 
 
 def greedy(logits_BV) -> jax.Array:

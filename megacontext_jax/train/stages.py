@@ -47,8 +47,10 @@ def prepare(config: Config, stage: str) -> Setup:
         model = replace(model_of(config), vocab_size=tokenizer.vocab_size)
     else:
         tokenizer = Tokenizer.load(source / TOKENIZER_FOLDER)
-        saved = read_meta(source, latest_step(source))["model_config"]
-        model = GPTConfig(**(saved | {"sequence_len": seq_len}))
+        meta = read_meta(source, latest_step(source))
+        model = GPTConfig(**(meta["model_config"] | {"sequence_len": seq_len}))
+        if meta["step"] < meta["num_iterations"]:
+            print0(f"Note: {source.name} is unfinished, at step {meta['step']} of {meta['num_iterations']}.")
 
     rows, accumulation = batch_layout(opts, seq_len, meshes.batch_shards(mesh))
     eval_rows = opts.device_batch_size * meshes.batch_shards(mesh)

@@ -78,9 +78,9 @@ TINY = GPTConfig(arch="classic", sequence_len=64, vocab_size=320, n_layer=1, n_h
 
 def tiny_params(seed: int = 0, cfg: GPTConfig = TINY) -> dict:
     """Weights large enough for decisive logits (classic starts its projections at zero)."""
-    keys = iter(jax.random.split(jax.random.key(seed), 32))
+    rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
-    return jax.tree.map(lambda x: 0.3 * jax.random.normal(next(keys), x.shape), shapes)
+    return jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), shapes)
 
 
 def tiny_engine(seed: int = 0) -> Engine:

@@ -89,7 +89,8 @@ def test_a_finished_row_does_not_advance():
     state, _ = engine._begin([PROMPT, PROMPT], 1, 10, 0)
     state = state._replace(left_B=jnp.array([10, 0]))
     chosen, _ = sampler.settings(0.0, None, None, 320)
-    state, token_B, _ = engine_module._sample_step(
+    step = jax.jit(engine_module._sample_step, static_argnames=("decoder", "candidates"))
+    state, token_B, _ = step(
         engine.model.params,
         state,
         sampler.row_keys(0, 2),
