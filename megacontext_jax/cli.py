@@ -16,6 +16,7 @@ from megacontext_jax.config import (
     load_yaml,
 )
 from megacontext_jax.errors import UserError
+from megacontext_jax.telemetry.hardware import gpu_profile
 
 SHORT = {
     "-i": "source",
@@ -53,31 +54,27 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
     `stage` is the section that unqualified stage flags address; `show` are the sections `--help` explains
     in full. `--config NAME` (default: the recipe of the hardware profile) is read before the other flags.
     """
-    if "-h" in argv or "--help" in argv:
-        print(_help(doc, stage, show))
+    wants_help = "-h" in argv or "--help" in argv
+    flags = _tokens([word for word in argv if word not in ("-h", "--help")])
+
+    def last(name: str) -> str | None:
+        return next((value for flag, value in reversed(flags) if flag == name), None)
+
+    if ("config", None) in flags:
+        raise UserError("--config needs the name of a file in configs/ or a path.")
+    source = last("config") or recipe_config(last("recipe") or "run10", last("profile"))
+    config = load_yaml(Config(), source)
+    if wants_help:
+        print(_help(doc, config, source, stage, show))
         raise SystemExit(0)
-    flags = _tokens(argv)
-    sources = [value for name, value in flags if name == "config"]
-    profiles = [value for name, value in flags if name == "profile"]
-    recipes = [value for name, value in flags if name == "recipe"]
-    config = Config()
-    if sources:
-        if sources[-1] is None:
-            raise UserError("--config needs the name of a file in configs/ or a path.")
-        config = load_yaml(config, sources[-1])
-    else:
-        config = load_yaml(config, recipe_config(recipes[-1] if recipes else "run10", profiles))
-    rest = [(name, value) for name, value in flags if name not in ("config", "profile")]
-    return apply_flags(config, rest, stage)
+    return apply_flags(config, [flag for flag in flags if flag[0] not in ("config", "profile")], stage)
 
 
-def recipe_config(recipe: str, profiles: list[str | None] = ()) -> str:
+def recipe_config(recipe: str, profile: str | None = None) -> str:
     """Name of the YAML file of a recipe; run10 has one per hardware profile."""
     if recipe != "run10":
         return recipe
-    from megacontext_jax.telemetry.hardware import gpu_profile
-
-    profile = profiles[-1] if profiles else gpu_profile()
+    profile = profile or gpu_profile()
     known = sorted(p.stem.removeprefix("run10_") for p in CONFIG_DIR.glob("run10_*.yaml"))
     if profile not in known:
         raise UserError(f"--gpu does not take {profile!r}; choose one of {', '.join(known)}.")
@@ -107,15 +104,10 @@ def _tokens(argv: list[str]) -> list[tuple[str, str | None]]:
     return flags
 
 
-def _help(doc: str, stage: str | None, show: tuple[str, ...]) -> str:
-    config = Config()
-    lines = [
-        doc.strip(),
-        "",
-        "Flags (dashes or underscores; defaults are nanochat's, recipes override them):",
-    ]
+def _help(doc: str, config: Config, source: str, stage: str | None, show: tuple[str, ...]) -> str:
+    lines = [doc.strip(), "", f"Flags, with dashes or underscores, and their values in {source}:"]
     lines.append(
-        "  --config NAME              configs/NAME.yaml, or a path; default: the profile of this machine"
+        "      --config NAME              a file in configs/, or a path; default: the profile of this machine"
     )
     short = {name: letter for letter, name in SHORT.items()}
     shown = (stage, *show) if stage else show
@@ -124,16 +116,11 @@ def _help(doc: str, stage: str | None, show: tuple[str, ...]) -> str:
         lines.append(f"\n{section_name}:")
         for f in fields(section):
             name = f.name.replace("_", "-")
-            letter = f"{short[name]}, " if name in short else ""
-            default = getattr(section, f.name)
-            lines.append(f"  {letter}--{name:<24} {f.metadata['help']} [{default!r}]")
-    others = [s for s in vars(config) if s not in shown]
+            letter = f"{short[name]}, " if name in short else "    "
+            lines.append(f"  {letter}--{name:<24} {f.metadata['help']} [{getattr(section, f.name)}]")
     rest = sorted({n for n, owners in flag_names().items() if not set(owners) & set(shown)})
-    if rest:
-        lines.append(
-            f"\nAlso accepted (sections {', '.join(others)}), so that a recipe can pass its flags on:"
-        )
-        lines.append("  " + " ".join(f"--{n.replace('_', '-')}" for n in rest))
+    lines.append("\nAlso accepted, so that a recipe can pass its flags on:")
+    lines.append("  " + " ".join(f"--{n.replace('_', '-')}" for n in rest))
     if stage in STAGES:
         lines.append(f"\n--{'|--'.join(s + '.NAME' for s in STAGES)} address one stage from anywhere.")
     return "\n".join(lines)

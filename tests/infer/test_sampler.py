@@ -6,6 +6,7 @@ import pytest
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer import sampler
 
+sample = jax.jit(sampler.sample, static_argnums=3)
 LOGITS = np.log(np.array([0.05, 0.4, 0.25, 0.2, 0.1], np.float32))
 
 
@@ -14,7 +15,6 @@ def draw(logits, n=4000, seed=0, **options):
     options = {"temperature": 1.0, "top_k": None, "top_p": None} | options
     chosen, candidates = sampler.settings(**options, vocab_size=len(logits))
     rows = jnp.broadcast_to(jnp.asarray(logits), (n, len(logits)))
-    sample = jax.jit(sampler.sample, static_argnums=3)
     ids = np.asarray(sample(rows, sampler.row_keys(seed, n), chosen, candidates))
     assert ids.dtype == np.int32
     return np.bincount(ids, minlength=len(logits)) / n
@@ -68,8 +68,8 @@ def test_greedy_takes_the_first_of_equals():
 
 def test_extreme_temperatures_stay_finite():
     big = np.array([-1e4, 0.0, 1e4, 9.99e3], np.float32)
-    assert draw(big, temperature=1e-6, n=50)[2] == 1
-    assert draw(big, temperature=1e-5, top_k=3, n=50)[2] == 1
+    assert draw(big, temperature=1e-6)[2] == 1
+    assert draw(big, temperature=1e-5, top_k=3)[2] == 1
     assert np.count_nonzero(draw(big, temperature=1e9)) == 4
 
 
@@ -77,8 +77,8 @@ def test_a_row_draws_the_same_whatever_is_beside_it():
     logits = jax.random.normal(jax.random.key(1), (6, 100))
     chosen, candidates = sampler.settings(1.0, 20, 0.9, 100)
     keys = sampler.row_keys(7, 6)
-    together = sampler.sample(logits, keys, chosen, candidates)
-    alone = [sampler.sample(logits[i : i + 1], keys[i : i + 1], chosen, candidates)[0] for i in range(6)]
+    together = sample(logits, keys, chosen, candidates)
+    alone = [sample(logits[i : i + 1], keys[i : i + 1], chosen, candidates)[0] for i in range(6)]
     assert together.tolist() == [int(x) for x in alone]
     assert jnp.array_equal(jax.random.key_data(keys[:3]), jax.random.key_data(sampler.row_keys(7, 3)))
     assert not jnp.array_equal(jax.random.key_data(keys[0]), jax.random.key_data(sampler.row_keys(8, 1)[0]))
@@ -110,7 +110,6 @@ def test_refuses_settings_out_of_range(options, flag):
 def test_never_sorts_the_vocabulary(top_k, top_p):
     chosen, candidates = sampler.settings(1.0, top_k, top_p, 4096)
     logits = jnp.zeros((8, 4096))
-    sample = jax.jit(sampler.sample, static_argnums=3)
     program = sample.lower(logits, sampler.row_keys(0, 8), chosen, candidates).compile().as_text()
     assert " sort(" not in program
     assert "topk" in program.lower()
