@@ -32,10 +32,15 @@ PRETRAIN: Plan = (
 
 # Shares of conversations. Trained on the answers alone, "recall" and "extract" are nearly pure lookup.
 MID: Plan = (
-    (0.0, {"recall": 40, "ledger": 22, "extract": 22, "facts": 10, "arithmetic": 3, "spelling": 3}),
+    (0.0, {"recall": 45, "ledger": 24, "extract": 20, "facts": 6, "arithmetic": 3, "spelling": 2}),
     (
         0.3,
-        {"recall": 18, "ledger": 14, "extract": 32, "retell": 4, "facts": 20, "two_hop": 4, "arithmetic": 4}
+        {"recall": 32, "ledger": 18, "extract": 28, "facts": 12, "two_hop": 3, "arithmetic": 4}
+        | {"spelling": 2, "moves": 1, "passkey": 0.5, "counting": 0.5},
+    ),
+    (
+        0.5,
+        {"recall": 12, "ledger": 13, "extract": 35, "retell": 4, "facts": 24, "two_hop": 4, "arithmetic": 4}
         | {"spelling": 2, "moves": 1, "passkey": 0.5, "counting": 0.5},
     ),
     (
@@ -98,12 +103,17 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
         fitting = int(budget - n * statement) // (question + turn)
         return max(2, min(fitting, n) if turn else fitting)
 
+    def lists(n: int, statement: int, entry: int) -> int:
+        # In a chat mostly one: a second list can be answered from the first.
+        fitting = max(1, int(budget - n * statement) // (entry * n + 4 + turn))
+        return min(fitting, 1 + (rng.random() < 0.2)) if turn else fitting
+
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
         return ledgers.ledger(rng, n, questions(n, 3, 9))
     if kind == "recall":
-        n = _between(rng, 3, 8 + 12 * level)
-        return ledgers.recall(rng, n, max(1, int(budget - 3 * n) // (5 * n + 4 + turn)))
+        n = _between(rng, 3, (10 if turn else 8) + 12 * level)
+        return ledgers.recall(rng, n, lists(n, 3, 5))
     if kind == "facts":
         n = _between(rng, 3, (5 if turn else 4) + 4 * level)
         return stories.facts(
@@ -114,7 +124,7 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
         return stories.extract(
             rng,
             n,
-            max(1, int(budget - 9 * n) // (5 * n + 4 + turn)),
+            lists(n, 9, 5),
             variety=_variety(level),
             n_relations=_between(rng, 1, 2),
         )
@@ -123,7 +133,7 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
         return stories.retell(
             rng,
             n,
-            max(1, int(budget - 9 * n) // (8 * n + 3 + turn)),
+            lists(n, 9, 8),
             variety=_variety(level),
             n_relations=_between(rng, 1, 2),
         )
@@ -205,12 +215,12 @@ def documents(
 def chats(rng: random.Random, split: str, stage: str, n: int) -> Iterator[tuple[str, list[dict]]]:
     """n conversations (kind, messages) of a stage, "mid" or "sft", along its plan.
 
-    Every size and variety up to the level of the place occurs: mid-training rises to the full level by its
-    middle, SFT is at it throughout.
+    Every size and variety up to the level of the place occurs: mid-training rises to the full level in its
+    first third, SFT is at it throughout.
     """
     for i in range(n):
         position = i / n
         shares = shares_at(CHATS[stage], position)
         (kind,) = rng.choices(list(shares), weights=list(shares.values()))
-        level = rng.random() ** 0.5 * (min(1.0, 0.3 + 1.4 * position) if stage == "mid" else 1.0)
+        level = rng.random() ** 0.5 * (min(1.0, 0.6 + 1.4 * position) if stage == "mid" else 1.0)
         yield kind, conversation(make_item(rng, kind, split, level, row_tokens=250, turn_tokens=4))
