@@ -104,15 +104,13 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
         return max(2, min(fitting, n) if turn else fitting)
 
     def lists(n: int, statement: int, entry: int) -> int:
-        # In a chat mostly one: a second list can be answered from the first.
-        fitting = max(1, int(budget - n * statement) // (entry * n + 4 + turn))
-        return min(fitting, 1 + (rng.random() < 0.2)) if turn else fitting
+        return max(1, int(budget - n * statement) // (entry * n + 4 + turn))
 
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
         return ledgers.ledger(rng, n, questions(n, 3, 9))
     if kind == "recall":
-        n = _between(rng, 3, (10 if turn else 8) + 12 * level)
+        n = _between(rng, 3, 8 + 12 * level)
         return ledgers.recall(rng, n, lists(n, 3, 5))
     if kind == "facts":
         n = _between(rng, 3, (5 if turn else 4) + 4 * level)
@@ -215,12 +213,12 @@ def documents(
 def chats(rng: random.Random, split: str, stage: str, n: int) -> Iterator[tuple[str, list[dict]]]:
     """n conversations (kind, messages) of a stage, "mid" or "sft", along its plan.
 
-    Every size and variety up to the level of the place occurs: mid-training rises to the full level in its
-    first third, SFT is at it throughout.
+    Every size and variety up to the level of the place occurs: mid-training begins with few pairs and
+    reaches the full level by its middle, SFT is at it throughout.
     """
     for i in range(n):
         position = i / n
         shares = shares_at(CHATS[stage], position)
         (kind,) = rng.choices(list(shares), weights=list(shares.values()))
-        level = rng.random() ** 0.5 * (min(1.0, 0.6 + 1.4 * position) if stage == "mid" else 1.0)
-        yield kind, conversation(make_item(rng, kind, split, level, row_tokens=250, turn_tokens=4))
+        level = rng.random() ** 0.5 * (min(1.0, 0.3 + 1.4 * position) if stage == "mid" else 1.0)
+        yield kind, conversation(make_item(rng, kind, split, level, row_tokens=244, turn_tokens=4))
