@@ -34,6 +34,7 @@ def test_same_seed_same_output_and_seeds_vary():
     runs = [engine.generate_batch([PROMPT], max_tokens=20, seed=seed)[0][0] for seed in (1, 1, 2, 3)]
     assert runs[0] == runs[1]
     assert len({tuple(run) for run in runs}) == 3
+    assert len(set(runs[0][len(PROMPT) :])) > 10  # every step of a row draws anew
 
 
 def test_samples_of_a_prompt_differ_from_the_first_token_on():
