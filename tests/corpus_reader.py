@@ -9,8 +9,6 @@ PLACE = [
     r"You can find the (?P<k>\w+) in the (?P<v>\w+)\.",
     r"\w+ (?:carried|moved) the (?P<k>\w+) to the (?P<v>\w+)\.",
     r"Look for the (?P<k>\w+) in the (?P<v>\w+)\.",
-    r"In the (?P<v>\w+) stood the (?P<k>\w+)\.",
-    r"\w+ took the (?P<k>\w+) out and left it in the (?P<v>\w+)\.",
 ]
 STORY = {
     "Where is the (\\w+)\\?": ("The {k} is in the {v}.", PLACE),
@@ -21,7 +19,6 @@ STORY = {
             r"The (?P<k>\w+) (?:was|looked|turned|is)(?: bright)? (?P<v>\w+)\.",
             r"\w+ made the (?P<k>\w+) dark (?P<v>\w+)\.",
             r"Everyone knew the (?P<k>\w+) was (?P<v>\w+)\.",
-            r"\w+ bought the (?P<v>\w+) (?P<k>\w+)\.",
         ],
     ),
     "What is the work of (\\w+)\\?": (
@@ -30,7 +27,6 @@ STORY = {
             r"(?P<k>\w+) (?:is|works as|became|was|wanted to be) an? (?:good |old )?(?P<v>\w+)\.",
             r"They call (?P<k>\w+) the (?P<v>\w+)\.",
             r"Everyone knew (?P<k>\w+) as a (?P<v>\w+)\.",
-            r"The best (?P<v>\w+) in town is (?P<k>\w+)\.",
         ],
     ),
     "Where does (\\w+) live\\?": (
@@ -38,7 +34,6 @@ STORY = {
         [
             r"(?P<k>\w+) (?:lives in|moved to|has a house in|came from|never left|was born in) (?P<v>\w+)\.",
             r"The home of (?P<k>\w+) is (?P<v>\w+)\.",
-            r"In (?P<v>\w+) you can visit (?P<k>\w+)\.",
         ],
     ),
     "Which animal does (\\w+) have\\?": (
@@ -46,7 +41,6 @@ STORY = {
         [
             r"(?P<k>\w+) (?:has|keeps|owns|found|bought|plays with|feeds) (?:a|the)"
             r" (?:small |young )?(?P<v>\w+)\.",
-            r"The (?P<v>\w+) outside belongs to (?P<k>\w+)\.",
         ],
     ),
     "What does (\\w+) like\\?": (
@@ -54,7 +48,6 @@ STORY = {
         [
             r"(?P<k>\w+) (?:likes|often eats|asked for|made some|loves|wants more) (?P<v>\w+)\.",
             r"For (?P<k>\w+) the best meal is (?P<v>\w+)\.",
-            r"There was some (?P<v>\w+) for (?P<k>\w+)\.",
         ],
     ),
 }

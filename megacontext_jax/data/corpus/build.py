@@ -16,7 +16,7 @@ from megacontext_jax.data.corpus import mixture
 from megacontext_jax.data.corpus.world import stream
 from megacontext_jax.errors import UserError
 
-GENERATOR_VERSION = 4
+GENERATOR_VERSION = 5
 MANIFEST = "manifest.json"
 _ROW_GROUP = 1024
 _TEXT = pa.schema([("text", pa.string())])
@@ -29,8 +29,8 @@ def build(
     *,
     seed: int = 0,
     pretrain_mchars: float = 20.0,
-    mid_conversations: int = 30_000,
-    sft_conversations: int = 14_000,
+    mid_conversations: int = 44_000,
+    sft_conversations: int = 16_000,
     val_mchars: float = 0.25,
     val_conversations: int = 400,
     shards: int = 8,

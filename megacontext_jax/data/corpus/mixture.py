@@ -32,15 +32,10 @@ PRETRAIN: Plan = (
 
 # Shares of conversations. Trained on the answers alone, "recall" and "extract" are nearly pure lookup.
 MID: Plan = (
-    (0.0, {"recall": 45, "ledger": 24, "extract": 20, "facts": 6, "arithmetic": 3, "spelling": 2}),
+    (0.0, {"recall": 40, "ledger": 22, "extract": 22, "facts": 10, "arithmetic": 3, "spelling": 3}),
     (
         0.3,
-        {"recall": 32, "ledger": 18, "extract": 28, "facts": 12, "two_hop": 3, "arithmetic": 4}
-        | {"spelling": 2, "moves": 1, "passkey": 0.5, "counting": 0.5},
-    ),
-    (
-        0.5,
-        {"recall": 12, "ledger": 13, "extract": 35, "retell": 4, "facts": 24, "two_hop": 4, "arithmetic": 4}
+        {"recall": 18, "ledger": 14, "extract": 32, "retell": 4, "facts": 20, "two_hop": 4, "arithmetic": 4}
         | {"spelling": 2, "moves": 1, "passkey": 0.5, "counting": 0.5},
     ),
     (
@@ -96,57 +91,37 @@ def make_item(
 
 
 def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, turn: int) -> Item:
-    # A chat fills its row and asks nothing twice; a document has the length of its place in the curriculum.
-    budget = 0.96 * row if turn else _between(rng, 0.35 * row, (0.45 + 0.5 * level) * row)
-
-    def questions(n: int, statement: int, question: int) -> int:
-        fitting = int(budget - n * statement) // (question + turn)
-        return max(2, min(fitting, n) if turn else fitting)
-
-    def lists(n: int, statement: int, entry: int) -> int:
-        return max(1, int(budget - n * statement) // (entry * n + 4 + turn))
-
+    budget = _between(rng, 0.35 * row, (0.45 + 0.5 * level) * row)
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
-        return ledgers.ledger(rng, n, questions(n, 3, 9))
+        return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // (9 + turn)))
     if kind == "recall":
         n = _between(rng, 3, 8 + 12 * level)
-        return ledgers.recall(rng, n, lists(n, 3, 5))
+        return ledgers.recall(rng, n, max(1, (budget - 3 * n) // (5 * n + 4 + turn)))
     if kind == "facts":
-        n = _between(rng, 3, (5 if turn else 4) + 4 * level)
-        return stories.facts(
-            rng, n, questions(n, 9, 13), variety=_variety(level), n_relations=_between(rng, 1, 2)
-        )
+        n = _between(rng, 3, 4 + 4 * level)
+        questions = max(3, (budget - 9 * n) // (13 + turn))
+        return stories.facts(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
     if kind == "extract":
         n = _between(rng, 3, 5 + 5 * level)
-        return stories.extract(
-            rng,
-            n,
-            lists(n, 9, 5),
-            variety=_variety(level),
-            n_relations=_between(rng, 1, 2),
-        )
+        questions = max(1, (budget - 9 * n) // (5 * n + 4 + turn))
+        return stories.extract(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
     if kind == "retell":
         n = _between(rng, 3, 5 + 5 * level)
-        return stories.retell(
-            rng,
-            n,
-            lists(n, 9, 8),
-            variety=_variety(level),
-            n_relations=_between(rng, 1, 2),
-        )
+        questions = max(1, (budget - 9 * n) // (8 * n + 3 + turn))
+        return stories.retell(rng, n, questions, variety=_variety(level), n_relations=_between(rng, 1, 2))
     if kind == "two_hop":
-        n = _between(rng, 2, (4 if turn else 3) + 5 * level)
-        return ledgers.two_hop(rng, n, questions(n, 6, 10))
+        n = _between(rng, 2, 3 + 5 * level)
+        return ledgers.two_hop(rng, n, max(2, (budget - 6 * n) // (10 + turn)))
     if kind == "arithmetic":
-        return arithmetic.sums(rng, int(budget // (12 + turn)), split)
+        return arithmetic.sums(rng, budget // (12 + turn), split)
     if kind == "spelling":
-        return spelling.spelling(rng, max(1, int(budget // (26 + turn))), split)
+        return spelling.spelling(rng, max(1, budget // (26 + turn)), split)
     if kind == "counting":
         return arithmetic.counting(rng, _between(rng, 3, 9), 3)
     if kind == "moves":
         n = _between(rng, 2, 4)
-        return stories.moves(rng, n, _between(rng, 1, 4), questions(n, 26, 14))
+        return stories.moves(rng, n, _between(rng, 1, 4), max(2, budget // (26 + turn)))
     if kind == "passkey":
         return stories.passkey(rng, _between(rng, 0, 5 + 10 * level), _between(rng, 1, 5 + 10 * level))
     raise ValueError(f"unknown kind of text: {kind}")
@@ -213,12 +188,12 @@ def documents(
 def chats(rng: random.Random, split: str, stage: str, n: int) -> Iterator[tuple[str, list[dict]]]:
     """n conversations (kind, messages) of a stage, "mid" or "sft", along its plan.
 
-    Every size and variety up to the level of the place occurs: mid-training begins with few pairs and
-    reaches the full level by its middle, SFT is at it throughout.
+    Every size and variety up to the level of the place occurs: mid-training rises to the full level by its
+    middle, SFT is at it throughout.
     """
     for i in range(n):
         position = i / n
         shares = shares_at(CHATS[stage], position)
         (kind,) = rng.choices(list(shares), weights=list(shares.values()))
         level = rng.random() ** 0.5 * (min(1.0, 0.3 + 1.4 * position) if stage == "mid" else 1.0)
-        yield kind, conversation(make_item(rng, kind, split, level, row_tokens=244, turn_tokens=4))
+        yield kind, conversation(make_item(rng, kind, split, level, row_tokens=250, turn_tokens=4))

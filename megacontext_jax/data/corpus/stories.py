@@ -43,8 +43,6 @@ RELATIONS = {
             "You can find the {k} in the {v}.",
             "{n} carried the {k} to the {v}.",
             "Look for the {k} in the {v}.",
-            "In the {v} stood the {k}.",
-            "{n} took the {k} out and left it in the {v}.",
         ),
     ),
     "colour": Relation(
@@ -59,7 +57,6 @@ RELATIONS = {
             "The {k} looked {v}.",
             "The {k} turned {v}.",
             "Everyone knew the {k} was {v}.",
-            "{n} bought the {v} {k}.",
         ),
     ),
     "job": Relation(
@@ -75,7 +72,6 @@ RELATIONS = {
             "They call {k} the {v}.",
             "Everyone knew {k} as a {v}.",
             "{k} is an old {v}.",
-            "The best {v} in town is {k}.",
         ),
     ),
     "town": Relation(
@@ -90,7 +86,6 @@ RELATIONS = {
             "The home of {k} is {v}.",
             "{k} never left {v}.",
             "{k} was born in {v}.",
-            "In {v} you can visit {k}.",
         ),
     ),
     "animal": Relation(
@@ -105,7 +100,6 @@ RELATIONS = {
             "{k} bought a young {v}.",
             "{k} plays with a {v}.",
             "{k} feeds the {v}.",
-            "The {v} outside belongs to {k}.",
         ),
     ),
     "food": Relation(
@@ -120,7 +114,6 @@ RELATIONS = {
             "{k} loves {v}.",
             "{k} wants more {v}.",
             "For {k} the best meal is {v}.",
-            "There was some {v} for {k}.",
         ),
     ),
 }
