@@ -62,9 +62,9 @@ class DataConfig:
     num_shards: int = option(8, "real shards to download", free=True)
     base_url: str = option("", "where the real shards are (default: the hub)", free=True)
     corpus_seed: int = option(0, "seed of the built-in corpus")
-    corpus_mchars: float = option(24.0, "built-in corpus: million characters of pretraining text")
-    mid_conversations: int = option(8000, "built-in corpus: conversations for mid-training")
-    sft_conversations: int = option(8000, "built-in corpus: conversations for SFT")
+    corpus_mchars: float = option(20.0, "built-in corpus: million characters of pretraining text")
+    mid_conversations: int = option(44_000, "built-in corpus: conversations for mid-training")
+    sft_conversations: int = option(16_000, "built-in corpus: conversations for SFT")
     packing: str = option("concat", "how documents fill rows", choices=("concat", "best_fit"))
     workers: int = option(0, "tokeniser processes; 0 = a thread", free=True)
 
@@ -109,7 +109,12 @@ class StageConfig:
     warmup_ratio: float = option(0.0, "share of the steps")
     warmdown_ratio: float = option(0.2, "share of the steps")
     final_lr_frac: float = option(0.0, "learning rate at the end, as a share")
-    mask_prompts: bool = option(False, "loss on the assistant's tokens only (mid; sft always)")
+    chat_packing: str = option(
+        "stream",
+        "conversations end to end, whole in rows, or whole in padded rows (mid, sft)",
+        choices=("stream", "rows", "pad"),
+    )
+    mask_prompts: bool = option(False, "loss on the assistant's tokens only (mid, sft)")
     curriculum: bool = option(False, "keep the conversations in file order (mid, sft)")
     eval_every: int = option(250, "steps between validations; -1 = only at the end", free=True)
     eval_tokens: int = option(20 * 524_288, "tokens per validation", free=True)
@@ -151,6 +156,8 @@ class Config:
     base: StageConfig = StageConfig()
     mid: StageConfig = StageConfig(grad_clip=0.0, eval_every=150, save_every=-1)
     sft: StageConfig = StageConfig(
+        chat_packing="pad",
+        mask_prompts=True,
         grad_clip=0.0,
         device_batch_size=4,
         total_batch_size=65_536,

@@ -180,11 +180,10 @@ def text_data(config: Config, text: sources.TextData, layout: Layout) -> StageDa
 
 
 def chat_data(config: Config, stage: str, layout: Layout) -> StageData:
-    """Mid-training reads a stream of whole conversations, SFT rows of them; SFT counts answers only."""
     opts, chat = getattr(config, stage), sources.conversations(config, stage)
     options = _this_process() | {
-        "packing": "pad" if stage == "sft" else "stream",
-        "mask": stage == "sft" or opts.mask_prompts,
+        "packing": opts.chat_packing,
+        "mask": opts.mask_prompts,
     }
     stream = conversation_stream(
         chat.train,
