@@ -26,10 +26,29 @@ class Cache(NamedTuple):
 
 
 def unstack_layers(params: dict) -> dict:
-    """One dict per layer instead of stacked arrays: what decoding takes, since slicing would copy weights."""
+    """The weights as decoding reads them: one dict per layer, since slicing a stack would copy it, and the
+    matrices (in, out), which makes the products of a few rows up to twice as fast on CPUs."""
     n_layer = params["h"]["c_q"].shape[0]
-    layers = tuple({name: w[i] for name, w in params["h"].items()} for i in range(n_layer))
-    return params | {"h": layers}
+    layers = tuple({name: w[i].T for name, w in params["h"].items()} for i in range(n_layer))
+    return params | {"lm_head": params["lm_head"].T, "h": layers}
+
+
+def _layers(params: dict):
+    """The layers with their matrices (out, in), as views."""
+    return ({name: w.T for name, w in layer.items()} for layer in params["h"])
+
+
+def _append(cache_BKSD, x_BKD, pos_B):
+    """Writes one row per sequence, in place inside a loop; full rows drop it.
+
+    One scatter index per sequence and half of a head: a scatter with a single index would become a
+    dynamic-update-slice, which XLA on CPUs fuses into its readers at the price of copying the whole cache.
+    """
+    B, K, S, D = cache_BKSD.shape
+    rows_B1, halves = jnp.arange(B)[:, None], jnp.arange(2)[None]
+    x_B2Kd = x_BKD.reshape(B, K, 2, D // 2).swapaxes(1, 2).astype(cache_BKSD.dtype)
+    cache_BKS2d = cache_BKSD.reshape(B, K, S, 2, D // 2)
+    return cache_BKS2d.at[rows_B1, :, pos_B[:, None], halves].set(x_B2Kd, mode="drop").reshape(B, K, S, D)
 
 
 def init_cache(cfg: GPTConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
@@ -57,7 +76,7 @@ def prefill(
     e_BTC = embed(params, ids_BT, dtype)
     x_BTC = smear(params, e_BTC, shift_right(e_BTC))
     ks, vs = [], []
-    for i, layer in enumerate(params["h"]):
+    for i, layer in enumerate(_layers(params)):
         q, k, v = qkv(layer, cfg, x_BTC, rope)
         x_BTC = close_block(layer, x_BTC, attention(q, k, v))
         ks.append(cache.k[i].at[:, :, :T].set(k.transpose(0, 2, 1, 3).astype(cache.k[i].dtype)))
@@ -73,16 +92,16 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
     A row whose cache is full drops the write; callers stop at the window's end.
     """
     B, S = ids_B.shape[0], cache.k[0].shape[2]
-    rows, pos_B = jnp.arange(B), cache.length_B
+    pos_B = cache.length_B
     rope = rope_table(cfg, pos_B[:, None], dtype)
     visible_B1S = jnp.arange(S)[None, None, :] <= pos_B[:, None, None]
     e_B1C = embed(params, ids_B[:, None], dtype)
     x_B1C = smear(params, e_B1C, cache.previous_B1C.astype(dtype))
     ks, vs = [], []
-    for i, layer in enumerate(params["h"]):
+    for i, layer in enumerate(_layers(params)):
         q, k, v = qkv(layer, cfg, x_B1C, rope)
-        k_BKSD = cache.k[i].at[rows, :, pos_B].set(k[:, 0].astype(cache.k[i].dtype), mode="drop")
-        v_BKSD = cache.v[i].at[rows, :, pos_B].set(v[:, 0].astype(cache.v[i].dtype), mode="drop")
+        k_BKSD = _append(cache.k[i], k[:, 0], pos_B)
+        v_BKSD = _append(cache.v[i], v[:, 0], pos_B)
         q_BKGD = q.reshape(B, cfg.n_kv_head, -1, cfg.head_dim)
         s_BKGS = jnp.einsum("bkgd,bksd->bkgs", q_BKGD, k_BKSD, preferred_element_type=jnp.float32)
         s_BKGS = jnp.where(visible_B1S[:, None], s_BKGS / math.sqrt(cfg.head_dim), NEG)
@@ -95,4 +114,4 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
 
 
 def _head(params, cfg, x_B1C):
-    return capped_logits(rms_norm(x_B1C), params["lm_head"], cfg.constants.softcap, cfg.vocab_size)[:, 0]
+    return capped_logits(rms_norm(x_B1C), params["lm_head"].T, cfg.constants.softcap, cfg.vocab_size)[:, 0]

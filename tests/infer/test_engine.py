@@ -335,7 +335,7 @@ def test_engines_of_equal_models_share_programs():
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="reads a CPU program")
-@pytest.mark.parametrize("batch", [4])
+@pytest.mark.parametrize("batch", [1, 4])
 def test_the_loop_never_copies_a_cache(batch):
     """Copies of whole caches, a few per layer and token, once were half of the time."""
     cfg = GPTConfig("classic", 256, 320, 1, 2, 2, 64)
