@@ -22,9 +22,9 @@ from urllib.parse import urlsplit
 
 import requests
 
-from megacontext_jax.data.files import friendly_os_errors, write_bytes
 from megacontext_jax.data.rowgroups import check_shard
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import friendly_os_errors, write_bytes
 from megacontext_jax.telemetry.progress import Progress, is_terminal
 
 # Small, because the bytes of an unfinished read are lost when a connection breaks.

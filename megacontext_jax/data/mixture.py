@@ -26,10 +26,10 @@ import xxhash
 
 from megacontext_jax.data.conversations import Conversation, ConversationSource, Source, checked
 from megacontext_jax.data.download import download
-from megacontext_jax.data.files import write_bytes
 from megacontext_jax.data.rowgroups import check_shard
 from megacontext_jax.data.spelling import count_letter, spell_word
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import write_bytes
 from megacontext_jax.paths import base_dir
 
 ROW_SEED = 42  # of the order of the rows of each hub set

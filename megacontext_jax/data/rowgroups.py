@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megacontext_jax.data.files import atomic_path, remove_stale_scratch
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import atomic_path, remove_stale_scratch
 
 DOCS_PER_GROUP = 1024
 DOCS_PER_SHARD = 52 * DOCS_PER_GROUP  # about 250 million characters of web text, as nanochat's shards

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from megacontext_jax.data.files import friendly_os_errors, remove_stale_scratch, scratch_path, write_bytes
 from megacontext_jax.data.rowgroups import ShardWriter, check_shard, check_shards
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import friendly_os_errors, remove_stale_scratch, scratch_path, write_bytes
 from megacontext_jax.telemetry.progress import Progress
 
 KINDS = (".parquet", ".jsonl", ".txt")

@@ -14,9 +14,9 @@ import numpy as np
 import rustbpe
 
 from megacontext_jax.data import tokenizer_files as files
-from megacontext_jax.data.files import write_bytes
 from megacontext_jax.data.tokenizer_files import SPECIAL_TOKENS, Vocabulary
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import write_bytes
 
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"

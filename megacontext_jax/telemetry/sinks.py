@@ -18,6 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import write_bytes
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_run.json"
@@ -32,24 +33,8 @@ _MODES = ("online", "offline", "disabled")
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replaces `path` by `data` so that a reader, or a kill, meets the old file or the new one, never a part.
-
-    Raises:
-        UserError: the disk is full or the folder not writable; the old file is untouched.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(
-            f"Cannot write {path} ({error.strerror}); free some space or make the folder writable."
-        ) from None
+    """`write_bytes` for text too, as UTF-8. Raises UserError; the old file is then untouched."""
+    write_bytes(path, data.encode() if isinstance(data, str) else data)
 
 
 def move_aside(path: Path) -> Path:

@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megacontext_jax.data.files import scratch_path
 from megacontext_jax.data.shards import (
     RowGroupSource,
     ShardWriter,
@@ -23,6 +22,7 @@ from megacontext_jax.data.shards import (
     write_shards,
 )
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import scratch_path
 
 GOLDEN_SHARDS = Path(__file__).parents[1] / "golden" / "pipeline_classic" / "base_dir" / "base_data"
 
