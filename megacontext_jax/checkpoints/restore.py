@@ -1,6 +1,6 @@
 """Reading checkpoints: verify the files, compare with what is wanted, then let Orbax place the arrays.
 
-`checkpoint` re-exports what callers need from here; the layout of a step is described there.
+The layout of a step is described in `writer`.
 """
 
 import json
@@ -99,20 +99,29 @@ def read_meta(folder: Path, step: int | None = None) -> dict:
     return _read_json(step_folder(folder, step), "meta")
 
 
-def check_compatible(saved: dict, wanted: dict, *, where: str = "the checkpoint", remedy: str = "") -> None:
+def check_compatible(
+    saved: dict,
+    wanted: dict,
+    *,
+    defaults: dict | None = None,
+    where: str = "the checkpoint",
+    remedy: str = "",
+) -> None:
     """Raise one `UserError` naming every key of `wanted` (dicts may nest) whose value differs from `saved`.
 
-    Values are compared as JSON (a tuple equals a list); `saved` may hold more. `where` names the checkpoint
-    in the sentence, `remedy` replaces the advice at its end.
+    A key absent from `saved`, such as a setting that came after the checkpoint, counts as its value in
+    `defaults` (nested like `wanted`), where it has one. Values are compared as JSON (a tuple equals a list);
+    `saved` may hold more. `where` names the checkpoint in the sentence, `remedy` replaces the advice at its
+    end.
     """
-    known = _flat(saved)
+    known = _flat(plain(defaults or {})) | _flat(saved)
     differing = [
         f"{key} is {json.dumps(known[key]) if key in known else 'absent'} there and {json.dumps(value)} here"
         for key, value in _flat(plain(wanted)).items()
         if key not in known or known[key] != value
     ]
     if differing:
-        remedy = remedy or "give the values saved there, or start another run with --fresh or --model-tag"
+        remedy = remedy or "give the values saved there, or start another run with --fresh or --tag"
         raise UserError(f"These settings do not fit {where}: {'; '.join(differing)}; {remedy}.")
 
 
@@ -179,7 +188,7 @@ def _pick(folder: Path, step: int | None) -> int:
     known = steps(folder)
     if not known:
         raise UserError(
-            f"{folder} holds no finished checkpoint; train that stage first, or name another --model-tag."
+            f"{folder} holds no finished checkpoint; train that stage first, or name another --tag."
         )
     if step is None:
         return known[-1]
@@ -192,14 +201,20 @@ def _verified(folder: Path, step: int, items: Collection[str]) -> dict:
     try:
         return _intact(folder, step, items)
     except digest.Damage as damage:
-        others = sorted((s for s in steps(folder) if s != step), key=lambda s: (s < step, s), reverse=True)
-        intact = next((s for s in others if _is_intact(folder, s, items)), None)
-        remedy = f"remove or move the folder {step_folder(folder, step)}"
-        if intact is None:
-            remedy += " and start again: no other step of this run is intact"
-        else:
-            remedy += f" or restore with --step {intact}, the nearest intact step"
-        raise UserError(f"{damage.path} {damage.reason}; {remedy}.") from None
+        raise UserError(f"{damage.path} {damage.reason}; {_way_out(folder, step, items)}.") from None
+
+
+def _way_out(folder: Path, step: int, items: Collection[str]) -> str:
+    """What to do about a damaged step. Readers take the latest step there is, so damaged ones have to go."""
+    known = steps(folder)
+    intact = [s for s in known if s != step and _is_intact(folder, s, items)]
+    if step != known[-1] and intact:  # somebody asked for an earlier step by name
+        return f"ask for another step ({', '.join(map(str, intact))} can be read)"
+    useless = [s for s in known if s not in intact and (not intact or s > intact[-1])]
+    removal = "remove or move away " + " and ".join(str(step_folder(folder, s)) for s in useless)
+    if not intact:
+        return f"{removal}, then the same command starts again: no step of this run can be read"
+    return f"{removal}, then the same command goes on from step {intact[-1]}"
 
 
 def _intact(folder: Path, step: int, items: Collection[str]) -> dict:
@@ -239,7 +254,7 @@ def _require_fit(path: Path, item: str, saved: dict, wanted: dict, dtypes: bool 
         more = f" (and {len(differing) - 3} more)" if len(differing) > 3 else ""
         raise UserError(
             f"{path} does not fit: {'; '.join(differing[:3])}{more}; use the model and optimiser settings it "
-            "was saved with, or start another run with --fresh or --model-tag."
+            "was saved with, or start another run with --fresh or --tag."
         )
 
 

@@ -114,7 +114,7 @@ class FolderLock:
             os.close(descriptor)
             raise UserError(
                 f"{folder} is being written to by another run (process {owner}); wait for it, stop it, or "
-                "give this run another --model-tag."
+                "give this run another --tag."
             ) from None
         except OSError as error:
             say(f"{folder} cannot be locked ({error.strerror}): make sure that no second run writes to it.")
@@ -159,5 +159,5 @@ def _refuse(stage: str, tag: str | None, places: list[Path]) -> Path:
     where = " and ".join(str(place) for place in places)
     raise UserError(
         f"No checkpoint of {wanted} was found in {where}: {there}; train that stage first, or name another "
-        "one with --model-tag."
+        "one with --tag."
     )

@@ -41,39 +41,13 @@ from megacontext_jax.checkpoints.restore import (
     check_compatible,
     describe,
     handler,
-    load_params,
     plain,
     read_meta,
     restore,
     silence_orbax,
 )
-from megacontext_jax.checkpoints.runs import (
-    STAGES,
-    FolderLock,
-    find_run,
-    latest_step,
-    link_into_base,
-    run_folder,
-    step_folder,
-    steps,
-    unused_tag,
-)
+from megacontext_jax.checkpoints.runs import FolderLock, latest_step, link_into_base, step_folder, steps
 from megacontext_jax.errors import UserError
-
-__all__ = [
-    "STAGES",
-    "Checkpoints",
-    "Restored",
-    "check_compatible",
-    "find_run",
-    "latest_step",
-    "load_params",
-    "read_meta",
-    "restore",
-    "run_folder",
-    "steps",
-    "unused_tag",
-]
 
 _UNFINISHED = "unfinished"
 _SPARE_BYTES = 1 << 20  # meta data, manifests and directories of a small checkpoint
@@ -129,9 +103,9 @@ class Checkpoints:
         """See `restore.read_meta`."""
         return read_meta(self.folder, step)
 
-    def check_compatible(self, saved: dict, wanted: dict) -> None:
+    def check_compatible(self, saved: dict, wanted: dict, defaults: dict | None = None) -> None:
         """See `restore.check_compatible`; the sentence names this folder."""
-        check_compatible(saved, wanted, where=f"the checkpoint in {self.folder}")
+        check_compatible(saved, wanted, defaults=defaults, where=f"the checkpoint in {self.folder}")
 
     def restore(self, step: int | None = None, *, params_like, opt_like=None) -> Restored:
         """See `restore.restore`; besides, this writer now continues that run (what `keep` may delete)."""
@@ -203,25 +177,6 @@ class Checkpoints:
             if self._lock is not None:
                 self._lock.release()
 
-    def set_aside_after(self, step: int) -> list[Path]:
-        """Rename the steps after `step`, so that a run can go on from there; nothing is deleted.
-
-        Call when a user asks for an earlier step by name. Returns the new paths (`000300.aside-1`).
-        """
-        moved: list[Path] = []
-
-        def move() -> None:
-            for later in [s for s in self.steps() if s > step]:
-                old, number = step_folder(self.folder, later), 1
-                while (new := old.with_name(f"{old.name}.aside-{number}")).exists():
-                    number += 1
-                os.rename(old, new)
-                moved.append(new)
-                self._say(f"Step {later} lies after step {step}, where this run goes on; it stays as {new}.")
-
-        self._on_primary(move)
-        return moved
-
     def _finish(self, step: int, draft: Path, about: dict, started: float, blocked: float) -> None:
         """The background half of a save, in a thread of its own."""
         try:
@@ -286,7 +241,7 @@ class Checkpoints:
         if target.exists() or target.is_symlink():
             raise UserError(
                 f"{target} exists and is not overwritten; resume from that step, move the folder away, or "
-                "start another run with --fresh or --model-tag."
+                "start another run with --fresh or --tag."
             )
         try:
             for path in self._drafts(step):  # of a save that failed in this process

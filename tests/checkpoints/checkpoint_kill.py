@@ -19,8 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from megacontext_jax.checkpoints import digest
-from megacontext_jax.checkpoints import writer as checkpoint
+from megacontext_jax.checkpoints import digest, writer
 
 SIZE = 400_000
 KEEP = 2
@@ -58,7 +57,7 @@ def die() -> None:
 def arm(folder: Path, where: str, step: int) -> None:
     """Make this process kill itself at one moment of the save of `step`."""
     name, oldest = f"{step:06d}", f"removed-{step - KEEP:06d}"
-    seal, rename, replace, rmtree = digest.seal, os.rename, os.replace, checkpoint.shutil.rmtree
+    seal, rename, replace, rmtree = digest.seal, os.rename, os.replace, writer.shutil.rmtree
 
     def dying_seal(draft, about):
         if where == "before the manifest" and draft.name == name:
@@ -93,7 +92,7 @@ def arm(folder: Path, where: str, step: int) -> None:
         die()
 
     assert where in MOMENTS, where
-    digest.seal, os.rename, os.replace, checkpoint.shutil.rmtree = (
+    digest.seal, os.rename, os.replace, writer.shutil.rmtree = (
         dying_seal,
         dying_rename,
         dying_replace,
@@ -106,7 +105,7 @@ def arm(folder: Path, where: str, step: int) -> None:
 def run(folder: str, n_steps: int, where: str = "", at: int = -1) -> None:
     if where:
         arm(Path(folder), where, at)
-    with checkpoint.Checkpoints(Path(folder), keep=KEEP) as checkpoints:
+    with writer.Checkpoints(Path(folder), keep=KEEP) as checkpoints:
         step = 0
         if checkpoints.latest_step() is not None:
             params, opt = state_at(0)

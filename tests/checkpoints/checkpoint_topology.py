@@ -15,7 +15,8 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megacontext_jax.checkpoints.writer import Checkpoints, load_params, restore
+from megacontext_jax.checkpoints.restore import load_params, restore
+from megacontext_jax.checkpoints.writer import Checkpoints
 from megacontext_jax.errors import UserError
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))

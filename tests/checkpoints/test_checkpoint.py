@@ -15,9 +15,10 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from megacontext_jax.checkpoints import digest
-from megacontext_jax.checkpoints import writer as checkpoint
-from megacontext_jax.checkpoints.writer import Checkpoints, check_compatible, load_params, read_meta, restore
+from megacontext_jax.checkpoints import digest, writer
+from megacontext_jax.checkpoints.restore import check_compatible, load_params, read_meta, restore
+from megacontext_jax.checkpoints.runs import find_run
+from megacontext_jax.checkpoints.writer import Checkpoints
 from megacontext_jax.errors import UserError
 
 ADAM = optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3)
@@ -212,19 +213,6 @@ def test_a_step_is_never_overwritten(run):
     assert digest.read_manifest(run / "000020") == before
 
 
-def test_set_aside_after(run):
-    said: list[str] = []
-    with Checkpoints(run, say=said.append) as checkpoints:
-        for number in (1, 2):
-            assert checkpoints.set_aside_after(10) == [run / f"000020.aside-{number}"]
-            assert checkpoints.steps() == [10]
-            save(checkpoints, 20)
-        assert checkpoints.set_aside_after(20) == []
-    assert len(said) == 2
-    assert "Step 20 lies after step 10" in said[0]
-    assert checkpoints.steps() == [10, 20]
-
-
 def test_one_writer(run):
     with Checkpoints(run), pytest.raises(UserError, match="already open for writing in this process"):
         Checkpoints(run)
@@ -234,7 +222,7 @@ def test_one_writer(run):
 def test_run_is_linked_from_the_base_directory(tmp_path, base):
     with Checkpoints(tmp_path / "megacontext_base_linked") as checkpoints:
         save(checkpoints, 1)
-    assert checkpoint.find_run("base", "linked") == base / "megacontext_base_linked"
+    assert find_run("base", "linked") == base / "megacontext_base_linked"
     assert_same(load_params(base / "megacontext_base_linked"), make_state(1)[0])
 
 
@@ -274,8 +262,8 @@ def test_every_damaged_file_is_refused_by_name(run, damage):
             with pytest.raises(UserError, match=reason) as refused:
                 restore_all(run, step)
             assert str(path) in str(refused.value)
-            assert f"remove or move the folder {run / '000020'} or restore with --step 10" in str(
-                refused.value
+            assert str(refused.value).endswith(
+                f"; remove or move away {run / '000020'}, then the same command goes on from step 10."
             )
         path.write_bytes(intact)
     assert restore_all(run).step == 20
@@ -293,22 +281,45 @@ def test_parameters_alone_are_checked_too(run):
         read_meta(run)
 
 
-def test_a_damaged_latest_step_is_not_skipped_but_another_can_be_asked_for(run):
-    flip_a_bit(run / "000020" / "params" / "_METADATA")
-    with pytest.raises(UserError, match="--step 10, the nearest intact step"):
+def test_the_advice_for_a_damaged_latest_step_works(run):
+    with Checkpoints(run, keep=None) as checkpoints:
+        save(checkpoints, 30)
+    for step in ("000020", "000030"):
+        flip_a_bit(run / step / "params" / "_METADATA")
+    with pytest.raises(UserError, match="000030/params/_METADATA is damaged") as refused:
         restore_all(run)
-    assert_same(restore_all(run, 10).params, make_state(10)[0])
-    delete(run / "000010" / digest.MANIFEST)
-    with pytest.raises(UserError, match="no other step of this run is intact"):
-        restore_all(run)
-    with pytest.raises(UserError, match=r"has no step 15; its steps are 10, 20"):
+    assert str(refused.value).endswith(
+        f"; remove or move away {run / '000020'} and {run / '000030'}, then the same command goes on from "
+        "step 10."
+    )
+    for step in ("000020", "000030"):
+        (run / step).rename(run / f"{step}.damaged")
+    assert_same(restore_all(run).params, make_state(10)[0])
+    with pytest.raises(UserError, match=r"has no step 15; its steps are 10\."):
         restore_all(run, 15)
 
 
-def test_an_earlier_damaged_step_points_forward(run):
+def test_without_any_intact_step_the_run_starts_again(run):
+    flip_a_bit(run / "000020" / "params" / "_METADATA")
+    delete(run / "000010" / digest.MANIFEST)
+    with pytest.raises(UserError) as refused:
+        restore_all(run)
+    assert str(refused.value).endswith(
+        f"; remove or move away {run / '000010'} and {run / '000020'}, then the same command starts again: no "
+        "step of this run can be read."
+    )
+    for step in ("000010", "000020"):
+        shutil.rmtree(run / step)
+    with Checkpoints(run) as checkpoints:
+        assert checkpoints.latest_step() is None
+        save(checkpoints, 10)
+
+
+def test_instead_of_an_earlier_damaged_step_another_can_be_asked_for(run):
     flip_a_bit(run / "000010" / "data" / "data.json")
-    with pytest.raises(UserError, match=r"--step 20, the nearest intact step"):
+    with pytest.raises(UserError, match=r"; ask for another step \(20 can be read\)\.$"):
         restore_all(run, 10)
+    assert restore_all(run, 20).step == 20
 
 
 def test_foreign_folders_and_files(run):
@@ -397,7 +408,7 @@ def test_settings_are_refused_with_both_values():
     assert str(refused.value) == (
         "These settings do not fit base d4: seed is 1 there and 2 here; model_config.n_layer is 4 there and 6 here; "
         'tokenizer is absent there and "ab" here; give the values saved there, or start another run with --fresh or '
-        "--model-tag."
+        "--tag."
     )
     with pytest.raises(UserError, match="use --seed 1"):
         check_compatible(meta, {"seed": 2}, remedy="use --seed 1")
@@ -406,9 +417,39 @@ def test_settings_are_refused_with_both_values():
         check_compatible(meta, {"model_config": 3})
 
 
+def test_a_setting_younger_than_the_checkpoint_counts_as_its_default():
+    saved = {"seed": 1, "base": {"lr": 0.1}}
+    defaults = {
+        "seed": 5,
+        "base": {"lr": 0.5, "packing": "concat", "betas": (0.9, 0.95)},
+        "extra": {"on": True},
+    }
+    wanted = {
+        "seed": 1,
+        "base": {"lr": 0.1, "packing": "concat", "betas": [0.9, 0.95]},
+        "extra": {"on": True},
+    }
+    check_compatible(saved, wanted, defaults=defaults)
+    with pytest.raises(UserError, match=r"base\.packing is absent there and \"concat\" here"):
+        check_compatible(saved, wanted)
+    wanted["base"]["packing"] = "best_fit"
+    with pytest.raises(
+        UserError, match=r'checkpoint: base\.packing is "concat" there and "best_fit" here; give'
+    ):
+        check_compatible(saved, wanted, defaults=defaults)
+    # what was saved goes before the default
+    with pytest.raises(UserError, match=r"seed is 1 there and 5 here"):
+        check_compatible(saved, {"seed": 5}, defaults=defaults)
+    with pytest.raises(UserError, match=r"tokenizer is absent there"):
+        check_compatible(saved, {"tokenizer": "ab"}, defaults=defaults)
+
+
 def test_the_writer_names_its_folder(run):
-    with Checkpoints(run) as checkpoints, pytest.raises(UserError, match=str(run)):
-        checkpoints.check_compatible(checkpoints.read_meta(), {"stage": "sft"})
+    with Checkpoints(run) as checkpoints:
+        meta = checkpoints.read_meta()
+        checkpoints.check_compatible(meta, {"stage": "base", "new": 3}, {"new": 3})
+        with pytest.raises(UserError, match=str(run)):
+            checkpoints.check_compatible(meta, {"stage": "sft"})
 
 
 # --- disks ---------------------------------------------------------------------------------------------------
@@ -416,7 +457,7 @@ def test_the_writer_names_its_folder(run):
 
 def test_too_little_space_is_noticed_before_writing(run, monkeypatch):
     with Checkpoints(run) as checkpoints:
-        monkeypatch.setattr(checkpoint, "_free_bytes", lambda folder: 1_000_000)
+        monkeypatch.setattr(writer, "_free_bytes", lambda folder: 1_000_000)
         with pytest.raises(
             UserError, match=r"step 30 needs .* MB and .* has 1\.0 MB left.*last step saved is 20"
         ):
@@ -487,7 +528,7 @@ def test_a_full_disk(small_disk, monkeypatch):
         with pytest.raises(UserError, match=r"step 2 needs 16\.8 MB and .* has .* MB left"):
             checkpoints.save(2, params=big_params(), opt_state=None, data_state={}, meta={})
         # somebody else fills the disk after the check
-        monkeypatch.setattr(checkpoint, "_free_bytes", lambda folder: 1 << 40)
+        monkeypatch.setattr(writer, "_free_bytes", lambda folder: 1 << 40)
         checkpoints.save(2, params=big_params(), opt_state=None, data_state={}, meta={})
         with pytest.raises(
             UserError, match=r"step 2 could not be written.*No space left.*last step saved is 1"

@@ -90,9 +90,7 @@ def test_not_found_lists_what_there_is(roots):
         find_run("base")
     make(roots / "art", "base_d4", 10, 20)
     make(roots / "base", "mid_d6")
-    with pytest.raises(
-        UserError, match=r"sft run.*base 'd4' \(step 20\), mid 'd6' \(no step yet\).*--model-tag"
-    ):
+    with pytest.raises(UserError, match=r"sft run.*base 'd4' \(step 20\), mid 'd6' \(no step yet\).*--tag"):
         find_run("sft")
     with pytest.raises(UserError, match="base run 'd5'"):
         find_run("base", "d5")
