@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 
 import pyarrow.parquet as pq
 import pytest
 
-from megacontext_jax.data.corpus import MANIFEST, build, mixture, python_english
+from megacontext_jax.data.corpus import MANIFEST, build, built_files, mixture, python_english
 from megacontext_jax.data.corpus import build as build_function
 from megacontext_jax.data.corpus.words import CLASSES, SPELLED
 from megacontext_jax.data.corpus.world import split_of, stream
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval import tasks
+from megacontext_jax.files import scratch_path
 from tests.corpus_reader import answer_from_text
 
 SMALL = {
@@ -97,11 +100,80 @@ def test_a_half_written_corpus_is_completed(corpus, tmp_path):
     before = kept.stat().st_mtime_ns
     (folder / MANIFEST).unlink()
     (folder / "pretrain/shard_00001.parquet").unlink()
-    (folder / "pretrain/shard_00001.partial").write_bytes(b"PAR1 torn")
+    torn = scratch_path(folder / "pretrain/shard_00001.parquet")
+    torn.with_name(torn.name.replace(f".{os.getpid()}.", f".{dead_process()}.")).write_bytes(b"PAR1 torn")
     (folder / "sft/val-00000.parquet").unlink()
     assert build(tmp_path, seed=1, **SMALL) == folder
     assert digests(folder) == digests(corpus)
     assert kept.stat().st_mtime_ns == before
+
+
+def dead_process() -> int:
+    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=subprocess.PIPE)
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize("name", ["pretrain/shard_00003.parquet", "sft/train-00000.parquet"])
+def test_a_missing_or_changed_file_is_refused_by_name_and_can_be_made_again(corpus, tmp_path, name):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    path, manifest = folder / name, folder / MANIFEST
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path} .* is missing; delete {manifest} and run the same command"):
+        build(tmp_path, seed=1, **SMALL)
+    manifest.unlink()
+    assert digests(build(tmp_path, seed=1, **SMALL)) == digests(corpus)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{path} .* bytes instead of .*; delete it and {manifest}"):
+        build(tmp_path, seed=1, **SMALL)
+    manifest.unlink()
+    with pytest.raises(UserError, match=rf"{path} .* is damaged; delete it"):
+        build(tmp_path, seed=1, **SMALL)
+    path.unlink()
+    assert digests(build(tmp_path, seed=1, **SMALL)) == digests(corpus)
+
+
+def test_a_manifest_of_before_is_completed(corpus, tmp_path):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for facts in manifest["files"].values():
+        del facts["bytes"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert digests(build(tmp_path, seed=1, **SMALL)) == digests(corpus)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(UserError, match=rf"{folder / MANIFEST} is damaged .*; delete it"):
+        build(tmp_path, seed=1, **SMALL)
+
+
+def test_the_list_of_files_is_the_manifests(corpus, tmp_path):
+    folder = tmp_path / corpus.name
+    shutil.copytree(corpus, folder)
+    shutil.copy(folder / "pretrain/shard_00000.parquet", folder / "pretrain/shard_99999.parquet")
+    names = [path.name for path in built_files(folder, "pretrain/shard_*")]
+    assert names == [f"shard_{i:05d}.parquet" for i in range(4)]
+
+
+def test_two_builds_at_once_give_the_same_bytes(tmp_path, monkeypatch):
+    tiny = {**SMALL, "pretrain_mchars": 0.05, "val_mchars": 0.02, "shards": 1}
+    documents, others = mixture.documents, []
+
+    def interrupted(*args):
+        rows = documents(*args)
+        yield next(rows)
+        if not others:  # a second process builds everything while the first file is half written
+            code = (
+                "import sys, json; from megacontext_jax.data.corpus import build;"
+                "build(sys.argv[1], seed=1, **json.loads(sys.argv[2]))"
+            )
+            others.append(subprocess.run([sys.executable, "-c", code, tmp_path / "both", json.dumps(tiny)]))
+        yield from rows
+
+    monkeypatch.setattr(mixture, "documents", interrupted)
+    folder = build(tmp_path / "both", seed=1, **tiny)
+    assert [other.returncode for other in others] == [0]
+    monkeypatch.undo()
+    assert digests(folder) == digests(build(tmp_path / "alone", seed=1, **tiny))
 
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"shards": 4}])

@@ -6,6 +6,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 from megacontext_jax.data.corpus import mixture
 from megacontext_jax.data.corpus.world import stream
 from megacontext_jax.errors import UserError
+from megacontext_jax.files import atomic_path, remove_stale_scratch, write_bytes
 
 GENERATOR_VERSION = 5
 MANIFEST = "manifest.json"
@@ -44,9 +46,10 @@ def build(
     `train-00000.parquet` and `val-00000.parquet` (column `messages`), `manifest.json`.
 
     The folder's name comes from the arguments, the generator's version and the Python version (whose English
-    is part of the text). A finished folder is returned at once, an unfinished one is completed file by file,
-    and another set of arguments gets another folder. Raises UserError for impossible arguments and for a
-    disk that refuses the files.
+    is part of the text). A finished folder is returned once every file of its manifest is found with its size;
+    an unfinished one is completed file by file, by several processes at once if need be, for each writes the
+    same bytes; another set of arguments gets another folder. Raises UserError for impossible arguments, for a
+    disk that refuses the files, and naming the file for one that is missing or changed.
     """
     settings = {
         "generator": GENERATOR_VERSION,
@@ -70,10 +73,10 @@ def build(
         raise UserError(f"The built-in corpus needs max_doc_tokens of at least 400, got {max_doc_tokens}.")
 
     folder = Path(out_dir) / _fingerprint(settings)
-    manifest = folder / MANIFEST
-    if manifest.exists():
+    if _is_finished(folder):
         return folder
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         _write_all(folder, settings, echo or (lambda line: None))
     except OSError as error:
         raise UserError(
@@ -81,6 +84,47 @@ def build(
             " choose another folder, then run the same command again."
         ) from None
     return folder
+
+
+def built_files(folder: Path, pattern: str) -> list[Path]:
+    """The files of a finished corpus that match `pattern`, such as "mid/train-*", by its manifest, not by what
+    else may lie there."""
+    return [folder / name for name in sorted(_manifest(folder)["files"]) if fnmatchcase(name, pattern)]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if not all(isinstance(facts, dict) for facts in content["files"].values()):
+            raise ValueError("its list of files is none")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({error}); delete it and run the same command to make it again."
+        ) from error
+    return content
+
+
+def _is_finished(folder: Path) -> bool:
+    """Raises UserError for a file that the manifest lists and that is missing or has another size."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return False
+    files = _manifest(folder)["files"]
+    if not all("bytes" in facts for facts in files.values()):
+        return False  # from before sizes were listed: what is missing is made, and the manifest written anew
+    for name, facts in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(
+                f"{file} of the built-in corpus is missing; delete {path} and run the same command to make it again."
+            )
+        if file.stat().st_size != facts["bytes"]:
+            raise UserError(
+                f"{file} of the built-in corpus has {file.stat().st_size:,} bytes instead of {facts['bytes']:,}; "
+                f"delete it and {path}, and run the same command to make both again."
+            )
+    return True
 
 
 def _fingerprint(settings: dict[str, Any]) -> str:
@@ -137,7 +181,7 @@ def _write_all(folder: Path, s: dict[str, Any], echo: Callable[[str], None]) -> 
                 ),
             )
             echo(f"{name}: {files[name]['rows']:,} conversations, {files[name]['characters']:,} characters")
-    _replace(folder / MANIFEST, json.dumps({"settings": s, "files": files}, indent=1).encode())
+    write_bytes(folder / MANIFEST, json.dumps({"settings": s, "files": files}, indent=1).encode())
 
 
 def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str, Any]]]) -> dict:
@@ -146,13 +190,12 @@ def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str,
     The counts of a file stand in its own metadata, so that a resumed build can put them into the manifest.
     """
     if path.exists():
-        return json.loads(pq.read_metadata(path).metadata[b"corpus"])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+        return _facts(path)
+    remove_stale_scratch(path.parent, path.name)
     kinds: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     column = schema.names[0]
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with atomic_path(path) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
         for group in _groups(make()):
             for kind, value in group:
                 kinds[kind] += 1
@@ -162,10 +205,17 @@ def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str,
         facts = {"rows": kinds.total(), "characters": sizes.total(), "documents": dict(sorted(kinds.items()))}
         facts["characters_by_kind"] = dict(sorted(sizes.items()))
         writer.add_key_value_metadata({"corpus": json.dumps(facts)})
-    with open(partial, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
-    return facts
+    return _facts(path)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What the manifest says of a file. Raises UserError if it is not one that was written here."""
+    try:
+        return {**json.loads(pq.read_metadata(path).metadata[b"corpus"]), "bytes": path.stat().st_size}
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} of the built-in corpus is damaged; delete it and run the same command to make it again."
+        ) from error
 
 
 def _groups(rows: Iterable) -> Iterator[list]:
@@ -177,12 +227,3 @@ def _groups(rows: Iterable) -> Iterator[list]:
             group = []
     if group:
         yield group
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(partial, path)
