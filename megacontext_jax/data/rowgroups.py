@@ -115,11 +115,11 @@ class RowGroupSource:
 
 
 def list_shards(folder: str | Path, pattern: str = "*.parquet") -> list[Path]:
-    """The parquet files of `folder` in name order. Raises UserError if there are none."""
+    """The parquet files of `folder` in name order, hidden ones aside. Raises UserError if there are none."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"The data folder {folder} does not exist; check the path or make the data first.")
-    paths = sorted(path for path in folder.glob(pattern) if path.is_file())
+    paths = sorted(path for path in folder.glob(pattern) if path.is_file() and path.name[0] != ".")
     if not paths:
         raise UserError(f"The data folder {folder} holds no file {pattern}; make or download the data first.")
     return paths

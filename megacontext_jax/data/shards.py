@@ -35,6 +35,7 @@ __all__ = [
     "check_shard",
     "check_shards",
     "dataset_dir",
+    "dataset_files",
     "download",
     "download_dataset",
     "iter_texts",
@@ -92,6 +93,22 @@ def shard_names(name: str, num_shards: int) -> list[str]:
     if dataset.fixed_val:
         indices.append(dataset.count - 1)
     return [f"shard_{index:05d}.parquet" for index in indices]
+
+
+def dataset_files(name: str, num_shards: int) -> list[Path]:
+    """The files of `num_shards` (-1: all) of a data set, the validation file last, whatever else lies there.
+
+    Raises UserError naming the first one that is missing.
+    """
+    folder = dataset_dir(name)
+    paths = [folder / shard for shard in shard_names(name, num_shards)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing ({len(missing)} of {len(paths)} shards of {name} are); run python -m "
+            "scripts.prepare_data with the same flags to fetch them, or ask for fewer with --num-shards."
+        )
+    return paths
 
 
 def download_dataset(

@@ -9,8 +9,19 @@ from megacontext_jax.config import Config
 from megacontext_jax.data import corpus, mixture, rowgroups, shards, textdir
 from megacontext_jax.data.conversations import ConversationSource, Source
 from megacontext_jax.data.tokenizer import Tokenizer
-from megacontext_jax.errors import UserError
+from megacontext_jax.data.tokenizer_training import check_vocabulary
 from megacontext_jax.paths import base_dir
+
+__all__ = [
+    "ChatData",
+    "TextData",
+    "build_corpus",
+    "check_vocabulary",
+    "conversations",
+    "fingerprint",
+    "load_tokenizer",
+    "prepare_text",
+]
 
 
 @dataclass(frozen=True)
@@ -38,30 +49,30 @@ def prepare_text(config: Config, *, download: bool = False, echo=print) -> TextD
     """Find the pretraining text, making or (if asked) downloading it first."""
     data = config.data
     if data.data_dir:
-        folder = textdir.prepare_text_dir(data.data_dir, base_dir() / "text")
-        return _text(folder, _tokenizer_dir(folder, config))
+        out = base_dir() / "text"
+        folder = textdir.prepare_text_dir(data.data_dir, out)
+        # The user's folder may serve as it is, but is never written to.
+        return _text(
+            rowgroups.list_shards(folder), _tokenizer_dir(textdir.own_folder(data.data_dir, out), config)
+        )
     if data.dataset == "builtin":
         folder = build_corpus(config, echo=echo)
         held_out = {"python": [folder / "python_val.parquet"]}
-        return _text(folder / "pretrain", _tokenizer_dir(folder, config), held_out)
-    folder = shards.dataset_dir(data.dataset)
+        paths = corpus.built_files(folder, "pretrain/shard_*")
+        return _text(paths, _tokenizer_dir(folder, config), held_out)
     if download:
         shards.download_dataset(data.dataset, data.num_shards, base_url=data.base_url or None)
-    elif not folder.exists():
-        raise UserError(
-            f"There are no shards in {folder}; run python -m scripts.prepare_data with the same flags."
-        )
-    return _text(folder, base_dir() / "tokenizer")
+    return _text(shards.dataset_files(data.dataset, data.num_shards), base_dir() / "tokenizer")
 
 
 def conversations(config: Config, stage: str, *, download: bool = False, echo=print) -> ChatData:
     """The conversations of mid-training or SFT: the built-in ones, or nanochat's own mixture."""
     if config.data.dataset == "builtin":
-        folder = build_corpus(config, echo=echo) / stage
+        folder = build_corpus(config, echo=echo)
         train, val = (
-            ConversationSource(sorted(folder.glob(f"{split}-*.parquet"))) for split in ("train", "val")
+            ConversationSource(corpus.built_files(folder, f"{stage}/{split}-*")) for split in ("train", "val")
         )
-        return ChatData(f"built-in, {folder}", train, val)
+        return ChatData(f"built-in, {folder / stage}", train, val)
     folder = base_dir() / "task_data"
     if download:
         mixture.download_mixture(stage, folder)
@@ -82,18 +93,8 @@ def build_corpus(config: Config, *, echo=print) -> Path:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    if not folder.exists():
-        raise UserError(f"There is no tokenizer in {folder}; run python -m scripts.tok_train first.")
+    """The tokenizer that scripts.tok_train left in `folder`. Raises UserError if there is none."""
     return Tokenizer.load(folder)
-
-
-def check_vocabulary(tokenizer: Tokenizer, wanted: int, folder: Path) -> None:
-    """Refuse a finished tokenizer of another size (a small corpus may end before the size asked for)."""
-    if tokenizer.vocab_size > wanted:
-        raise UserError(
-            f"The tokenizer in {folder} has {tokenizer.vocab_size} tokens and --vocab-size asks for {wanted}; move "
-            "that folder away, or use its size."
-        )
 
 
 def fingerprint(paths: list[Path]) -> str:
@@ -107,7 +108,6 @@ def _tokenizer_dir(folder: Path, config: Config) -> Path:
     return folder / f"tokenizer_{config.tokenizer.vocab_size}"
 
 
-def _text(folder: Path, tokenizer_dir: Path, held_out: dict | None = None) -> TextData:
-    paths = rowgroups.list_shards(folder)
+def _text(paths: list[Path], tokenizer_dir: Path, held_out: dict | None = None) -> TextData:
     train, val = (rowgroups.split_shards(paths, split) for split in ("train", "val"))
-    return TextData(folder, train, val, held_out or {}, tokenizer_dir)
+    return TextData(paths[0].parent, train, val, held_out or {}, tokenizer_dir)

@@ -33,14 +33,15 @@ def prepare_text_dir(data_dir: str | Path, out_dir: str | Path) -> Path:
 
     That is `data_dir` itself if it holds nothing but two or more parquet shards of the right form, otherwise
     `out_dir/<fingerprint>`, written once and found again as long as names, sizes and times of the files stay
-    the same. Raises UserError naming the file (and line) that cannot be used.
+    the same. `data_dir` itself is never written to, and its relative and absolute spelling are the same.
+    Raises UserError naming the file (and line) that cannot be used.
     """
-    data_dir, out_dir = Path(data_dir), Path(out_dir)
+    data_dir, out_dir = _absolute(data_dir), _absolute(out_dir)
     files = _find(data_dir, out_dir)
     if _usable_in_place(files, data_dir):
         return data_dir
     fingerprint = _fingerprint(files, data_dir)
-    target = out_dir / fingerprint[:16]
+    target = _folder(out_dir, fingerprint)
     if target.exists():
         _check_prepared(target, fingerprint)
         return target
@@ -62,14 +63,28 @@ def prepare_text_dir(data_dir: str | Path, out_dir: str | Path) -> Path:
     return target
 
 
+def own_folder(data_dir: str | Path, out_dir: str | Path) -> Path:
+    """Where to keep what is made from `data_dir`, such as a tokenizer: `out_dir/<fingerprint>`, which is also
+    the folder of its prepared shards, if it needs any. It may not exist yet."""
+    data_dir, out_dir = _absolute(data_dir), _absolute(out_dir)
+    return _folder(out_dir, _fingerprint(_find(data_dir, out_dir), data_dir))
+
+
+def _absolute(folder: str | Path) -> Path:
+    return Path(folder).expanduser().resolve()
+
+
+def _folder(out_dir: Path, fingerprint: str) -> Path:
+    return out_dir / fingerprint[:16]
+
+
 def _find(data_dir: Path, out_dir: Path) -> list[Path]:
     if not data_dir.is_dir():
         raise UserError(f"The data folder {data_dir} does not exist; check --data-dir.")
-    out = out_dir.absolute()
 
     def wanted(path: Path) -> bool:
         hidden = any(part.startswith(".") for part in path.relative_to(data_dir).parts)
-        own = out in path.absolute().parents
+        own = out_dir in path.parents
         return path.suffix.lower() in KINDS and not hidden and not own and path.is_file()
 
     files = sorted(path for path in data_dir.rglob("*") if wanted(path))

@@ -89,6 +89,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.pkl` (for PyTorch nanochat), `token_bytes.npy` and `tokenizer.json`.
 
+        What is there already is left as it is, so that saving again completes a save that was cut short.
         Raises UserError if `folder` already holds a different tokenizer: checkpoints depend on it.
         """
         folder = Path(folder)
@@ -98,10 +99,14 @@ class Tokenizer:
                 f"{folder} already holds another tokenizer ({files.describe(present)}; the new one: "
                 f"{files.describe(self.vocabulary)}); move that folder aside, or choose another one."
             )
-        write_bytes(folder / files.PICKLE_NAME, files.to_pickle(self.vocabulary))
         np.save(table := io.BytesIO(), self.token_bytes())
-        write_bytes(folder / files.BYTES_NAME, table.getvalue())
-        write_bytes(folder / files.JSON_NAME, files.to_json(self.vocabulary))
+        if not (folder / files.PICKLE_NAME).exists():
+            write_bytes(folder / files.PICKLE_NAME, files.to_pickle(self.vocabulary))
+        path = folder / files.BYTES_NAME
+        if not path.exists() or path.read_bytes() != table.getvalue():
+            write_bytes(path, table.getvalue())
+        if not (folder / files.JSON_NAME).exists():
+            write_bytes(folder / files.JSON_NAME, files.to_json(self.vocabulary))
 
     # Properties
 

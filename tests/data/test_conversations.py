@@ -192,6 +192,24 @@ def test_each_epoch_is_a_new_permutation_dealt_out_to_the_processes(world, tmp_p
     assert order[count:] != order[:count]
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_worker_processes_give_the_same_batches_and_positions(packing, source, tokenizer):
+    options = {"packing": packing, "process_index": 1, "process_count": 2, "buffer_size": 12}
+    alone = conversation_stream(source, tokenizer, 2, 96, **options)
+    take(alone, 5)
+    state = json.dumps(alone.get_state())  # a position does not depend on who tokenises
+    expected = take(alone, 30)
+    worked = conversation_stream(source, tokenizer, 2, 96, **options, num_workers=2, state=json.loads(state))
+    try:
+        assert_same(take(worked, 20), expected[:20])
+        assert estimate_tokens(worked) == estimate_tokens(alone)
+        state = json.dumps(worked.get_state())
+    finally:
+        worked.close()
+    again = conversation_stream(source, tokenizer, 2, 96, **options, state=json.loads(state))
+    assert_same(take(again, 10), expected[20:])
+
+
 def test_what_workers_get_carries_no_rows(source, tokenizer):
     source[0]
     copy = pickle.loads(pickle.dumps(source))
