@@ -16,12 +16,7 @@ source scripts/common.sh
 help_wanted "$0" "$@" && exit 0
 setup_env || exit 2
 
-python -m scripts.plan --recipe run10 "$@" || exit $?
-case " $* " in *" --dry-run "*) exit 0 ;; esac
-TAG="$(python -m scripts.plan --recipe run10 "$@" --print-tag)"
-stage() { python -m "scripts.$1" --recipe run10 "${@:2}" --fresh false --tag "$TAG"; }
-
-python -m megacontext_jax.telemetry.report begin
+begin_recipe run10 "$@" || exit 0
 stage prepare_data "$@" # the built-in corpus, your folder, or the real shards
 stage tok_train "$@"
 stage tok_eval "$@"

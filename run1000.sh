@@ -14,12 +14,7 @@ help_wanted "$0" "$@" && exit 0
 require_accelerators run1000 "$@" || exit $?
 setup_env || exit 2
 
-python -m scripts.plan --recipe run1000 "$@" || exit $?
-case " $* " in *" --dry-run "*) exit 0 ;; esac
-TAG="$(python -m scripts.plan --recipe run1000 "$@" --print-tag)"
-stage() { python -m "scripts.$1" --recipe run1000 "${@:2}" --run "${WANDB_RUN:-}" --fresh false --tag "$TAG"; }
-
-python -m megacontext_jax.telemetry.report begin
+begin_recipe run1000 "$@" || exit 0
 stage prepare_data "$@" # downloads the shards; --num-shards is in the configuration
 stage tok_train "$@"
 stage tok_eval "$@"

@@ -19,4 +19,4 @@ setup_env "${version[@]}" --dev || exit 2
 
 python -m ruff check .
 python -m ruff format --check .
-exec python -m pytest -n 2 --dist loadfile "$@"
+python -m pytest -n 2 --dist loadfile "$@"

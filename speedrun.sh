@@ -14,12 +14,7 @@ help_wanted "$0" "$@" && exit 0
 require_accelerators speedrun "$@" || exit $?
 setup_env || exit 2
 
-python -m scripts.plan --recipe speedrun "$@" || exit $?
-case " $* " in *" --dry-run "*) exit 0 ;; esac
-TAG="$(python -m scripts.plan --recipe speedrun "$@" --print-tag)"
-stage() { python -m "scripts.$1" --recipe speedrun "${@:2}" --run "${WANDB_RUN:-}" --fresh false --tag "$TAG"; }
-
-python -m megacontext_jax.telemetry.report begin
+begin_recipe speedrun "$@" || exit 0
 stage prepare_data "$@" # downloads the shards; --num-shards is in the configuration
 stage tok_train "$@"
 stage tok_eval "$@"

@@ -60,19 +60,25 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
     def last(name: str) -> str | None:
         return next((value for flag, value in reversed(flags) if flag == name), None)
 
-    if ("config", None) in flags:
-        raise UserError("--config needs the name of a file in configs/ or a path.")
+    for name, words in (("config", "the name of a file in configs/ or a path"), ("profile", "a profile")):
+        if (name, None) in flags:
+            raise UserError(f"--{'gpu' if name == 'profile' else name} needs {words}.")
     source = last("config") or recipe_config(last("recipe") or "run10", last("profile"))
     config = load_yaml(Config(), source)
     if wants_help:
         print(_help(doc, config, source, stage, show))
         raise SystemExit(0)
-    return apply_flags(config, [flag for flag in flags if flag[0] not in ("config", "profile")], stage)
+    config = apply_flags(config, [flag for flag in flags if flag[0] not in ("config", "profile")], stage)
+    if config.run.mc:
+        raise UserError("--mc: this version has no MegaContext parts yet; leave the flag out.")
+    return config
 
 
 def recipe_config(recipe: str, profile: str | None = None) -> str:
     """Name of the YAML file of a recipe; run10 has one per hardware profile."""
     if recipe != "run10":
+        if profile:
+            raise UserError(f"--gpu {profile} belongs to run10; {recipe} has one configuration.")
         return recipe
     profile = profile or gpu_profile()
     known = sorted(p.stem.removeprefix("run10_") for p in CONFIG_DIR.glob("run10_*.yaml"))

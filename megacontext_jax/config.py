@@ -29,6 +29,7 @@ class RunConfig:
     recipe: str = option("", "which recipe this is part of", free=True)
     run: str = option("", "wandb run name (default: the run folder); dummy = no wandb", free=True)
     tag: str = option("", "checkpoint tag (default d<depth>)", free=True)
+    mc: bool = option(False, "train with MegaContext (not in this version)", free=True)
     dry_run: bool = option(False, "print the plan and stop (recipes)", free=True)
     print_tag: bool = option(False, "print the checkpoint tag of this recipe and stop (plan)", free=True)
     fresh: bool = option(False, "start this stage again under a new tag; deletes nothing", free=True)

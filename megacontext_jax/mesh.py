@@ -10,7 +10,7 @@ import os
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from megacontext_jax.errors import UserError
 
@@ -39,7 +39,7 @@ def start_distributed(coordinator: str = "", num_processes: int = 0, process_id:
                 f"not {num_processes} and {process_id}."
             )
         jax.distributed.initialize(coordinator, num_processes, process_id)
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_JOB_ID" in os.environ:
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
         jax.distributed.initialize()
     else:
         return
@@ -51,10 +51,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     devices = np.asarray(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     free = [name for name, size in sizes.items() if size == -1]
-    bad = [f"--{name}-axis {size}" for name, size in sizes.items() if size < 1 and size != -1]
     fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-    if bad or len(free) > 1:
-        raise UserError(f"Axis sizes are positive, and at most one is -1: {', '.join(bad) or sizes}.")
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UserError(
+            f"--data-axis, --fsdp-axis and --tensor-axis are positive, at most one is -1; got {sizes}."
+        )
     if (free and devices.size % fixed) or (not free and fixed != devices.size):
         raise UserError(
             f"{devices.size} devices do not form a mesh of data {data} x fsdp {fsdp} x tensor {tensor}; "
@@ -62,7 +63,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         )
     if free:
         sizes[free[0]] = devices.size // fixed
-    return Mesh(devices.reshape(*sizes.values()), tuple(sizes))
+    if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
+        raise UserError(
+            f"--tensor-axis {sizes['tensor']} would span processes of {jax.local_device_count()} devices each, "
+            "which then had to read the same rows; choose one that divides them."
+        )
+    return Mesh(devices.reshape(*sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def batch_shards(mesh: Mesh) -> int:

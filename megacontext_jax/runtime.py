@@ -15,6 +15,7 @@ def start(run) -> None:
     """Configure JAX from a `RunConfig`; call once, before the first computation."""
     logging.getLogger("jax._src.compilation_cache").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.WARNING)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # read when a GPU backend starts
     if run.platform:
         jax.config.update("jax_platforms", {"cpu": "cpu", "gpu": "cuda"}[run.platform])
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -29,6 +30,11 @@ def start(run) -> None:
             f"JAX cannot use the platform {run.platform or 'it was given'!r} ({reason}); install the gpu extra or "
             "use --platform cpu."
         ) from None
+    if run.min_device_memory_gb and jax.default_backend() == "cpu":
+        raise UserError(
+            f"This configuration is for GPUs of {run.min_device_memory_gb} GB and JAX finds none; install the gpu "
+            "extra, mend the driver, or use --config run10_cpu."
+        )
 
 
 def compute_dtype(run):

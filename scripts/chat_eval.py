@@ -15,10 +15,9 @@ from megacontext_jax.telemetry import report
 
 
 def main(argv: list[str]) -> None:
-    # --seed means the questions here; the seed of training has no part in an evaluation
-    argv = [
-        "--eval-seed" + word[len("--seed") :] if word.split("=")[0] == "--seed" else word for word in argv
-    ]
+    # here --seed means the questions and -m their answers; training's seed and chat's length play no part
+    meaning = {"--seed": "--eval-seed", "-m": "--max-new-tokens"}
+    argv = [meaning.get(head := word.split("=")[0], head) + word[len(head) :] for word in argv]
     config = parse(argv, doc=__doc__, show=("eval", "run"))
     runtime.start(config.run)
     opts = config.eval

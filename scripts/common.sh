@@ -81,10 +81,25 @@ help_wanted() {
 require_accelerators() {
   local config="$1" needed have word
   shift
-  for word in "$@"; do [ "$word" = --dry-run ] && return 0; done
+  for word in "$@"; do case "$word" in --dry[-_]run*) return 0 ;; esac; done
   needed="$(sed -n 's/^ *min_devices: *\([0-9]*\).*/\1/p' "configs/$config.yaml")"
   have="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
   [ "$have" -ge "${needed:-0}" ] && return 0
   say "error: $config needs $needed GPUs and this machine has $have; --dry-run prints the plan, run10.sh trains here."
   return 2
+}
+
+# begin_recipe NAME "$@": check the flags, print the plan, fix the tag. Returns 1 if that was all (--dry-run).
+begin_recipe() {
+  RECIPE="$1"
+  shift
+  python -m scripts.plan --recipe "$RECIPE" "$@" || exit $?
+  TAG="$(python -m scripts.plan --recipe "$RECIPE" "$@" --print-tag)" || exit $?
+  [ -n "$TAG" ] || return 1
+  python -m megacontext_jax.telemetry.report begin "$TAG" || exit $?
+}
+
+# stage SCRIPT "$@": one stage of the recipe, under its tag.
+stage() {
+  python -m "scripts.$1" --recipe "$RECIPE" ${WANDB_RUN:+--run "$WANDB_RUN"} "${@:2}" --fresh false --tag "$TAG"
 }

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     if config.run.fresh:
         tag = unused_tag("base", tag)
     if config.run.print_tag:
-        print(tag)
+        print("" if config.run.dry_run else tag)
         return
 
     gpus = hardware.gpus()
@@ -44,7 +44,8 @@ def main(argv: list[str]) -> None:
     print(f"vocabulary {cfg.vocab_size:,}, {cfg.sequence_len:,} tokens per row")
     print(f"       {n['total']:,} parameters, {cfg.flops_per_token():,} training FLOPs per token")
     print(f"Data:  {config.data.data_dir or config.data.dataset}")
-    print(f"Tag:   {tag}; devices: {devices}\n")
+    again = f" (continue this run with --tag {tag} instead of --fresh)" if config.run.fresh else ""
+    print(f"Tag:   {tag}{again}; devices: {devices}\n")
     print(
         f"{'stage':<6}{'steps':>10}{'tokens/step':>13}{'rows x micro':>14}{'tokens':>10}{'FLOPs':>10}"
         f"{'memory/device':>15}"

@@ -1,11 +1,8 @@
 """Held-out questions, answered in batches and counted: accuracy of each kind beside chance."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol, TextIO
 
-from megacontext_jax.data.files import write_bytes
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval.tasks import TASKS, Example, make, score
 from megacontext_jax.infer.engine import Engine
@@ -72,11 +69,6 @@ def evaluate_tasks(
                 completions[i] = answer_text(row[len(prompts[i]) :], tokenizer)
             progress.update(len(chosen))
     return _results(examples, completions), _transcripts(examples, completions, transcripts_per_kind)
-
-
-def write_results(path: Path, results: Results) -> None:
-    """Writes {kind: {"accuracy", "chance", "n"}} as JSON, whole or not at all."""
-    write_bytes(Path(path), (json.dumps(results, indent=2) + "\n").encode())
 
 
 def _results(examples: Sequence[Example], completions: Mapping[int, str]) -> Results:

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
+from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step
 from megacontext_jax.config import Config
@@ -36,10 +37,12 @@ class LoadedModel:
 
 def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     """The model of `--source`, `--tag` and `--step`, laid out on the mesh (default: the first device)."""
-    mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = mesh or meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
     folder = find_run(config.eval.source, config.run.tag or None)
     step = config.eval.step if config.eval.step >= 0 else latest_step(folder)
-    cfg = GPTConfig(**read_meta(folder, step)["model_config"])
+    meta = read_meta(folder, step)
+    tokenizer = load_tokenizer(folder, meta)
+    cfg = GPTConfig(**meta["model_config"])
     shapes = abstract_params(cfg)
     template = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -50,7 +53,7 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     objective = make_objective(
         cfg, attention_impl=config.run.attention_impl, dtype=runtime.compute_dtype(config.run)
     )
-    return LoadedModel(objective, params, Tokenizer.load(folder / "tokenizer"), folder, step)
+    return LoadedModel(objective, params, tokenizer, folder, step)
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:

@@ -7,6 +7,7 @@ Source of the architecture: karpathy/nanochat; constants per generation live in 
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -122,24 +123,26 @@ def hidden_states(
     dtype=jnp.float32,
     remat: str = "none",
     unroll: int | bool = 1,
+    place: Callable[[jax.Array], jax.Array] = lambda x_BTC: x_BTC,
 ):
     """Final normed activations [B, T, C].
 
     `remat` is none, dots (keep matrix products) or full (keep block inputs); `unroll` is that of `lax.scan`
-    over the layers (True: all of them, faster on CPUs and slower to compile).
+    over the layers (True: all of them, faster on CPUs and slower to compile); `place` puts the residual
+    stream on a mesh, since weights split over the same devices would otherwise pull it with them.
     """
     rope = rope_table(cfg, jnp.arange(ids_BT.shape[1]), dtype)
 
     def block(x_BTC, layer):
         with jax.named_scope("attention"):
             attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope))
-        return close_block(layer, x_BTC, attn_BTHD), None
+        return place(close_block(layer, x_BTC, attn_BTHD)), None
 
     if remat == "full":
         block = jax.checkpoint(block)
     elif remat == "dots":
         block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x_BTC = embed(params, ids_BT, dtype)
+    x_BTC = place(embed(params, ids_BT, dtype))
     x_BTC = smear(params, x_BTC, shift_right(x_BTC))
     x_BTC, _ = jax.lax.scan(block, x_BTC, params["h"], unroll=unroll)
     return rms_norm(x_BTC)

@@ -28,25 +28,23 @@ def reference_nll(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int):
     return jnp.where(targets_BT >= 0, nll_BT, 0.0)
 
 
-def chunked_nll(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int):
-    """`reference_nll` with one slice of logits alive at a time; for evaluation."""
+def chunked_nll(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int, slices: int = 1):
+    """`reference_nll` with one of `slices` slices of logits alive at a time; for evaluation."""
 
     def slice_nll(args):
         return reference_nll(args[0], head_VC, args[1], softcap, vocab_size)
 
-    n = _num_slices(x_BTC.shape, vocab_size)
-    nll_nBt = jax.lax.map(slice_nll, (_split(x_BTC, n), _split(targets_BT, n)))
+    nll_nBt = jax.lax.map(slice_nll, (_split(x_BTC, slices), _split(targets_BT, slices)))
     return _join(nll_nBt)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def nll_sum(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def nll_sum(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int, slices: int = 1):
     """Sum of the negative log-likelihoods of the targets that are not -1; differentiable in x and head."""
-    return chunked_nll(x_BTC, head_VC, targets_BT, softcap, vocab_size).sum()
+    return chunked_nll(x_BTC, head_VC, targets_BT, softcap, vocab_size, slices).sum()
 
 
-def _nll_sum_fwd(x_BTC, head_VC, targets_BT, softcap, vocab_size):
-    n = _num_slices(x_BTC.shape, vocab_size)
+def _nll_sum_fwd(x_BTC, head_VC, targets_BT, softcap, vocab_size, slices):
     head = head_VC[:vocab_size].astype(x_BTC.dtype)
 
     def one_slice(carry, args):
@@ -69,11 +67,14 @@ def _nll_sum_fwd(x_BTC, head_VC, targets_BT, softcap, vocab_size):
         return (loss, dhead_VC), dx_BtC
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (loss, dhead_VC), dx_nBtC = jax.lax.scan(one_slice, start, (_split(x_BTC, n), _split(targets_BT, n)))
+    (loss, dhead_VC), dx_nBtC = jax.lax.scan(
+        one_slice, start, (_split(x_BTC, slices), _split(targets_BT, slices))
+    )
     return loss, (_join(dx_nBtC), dhead_VC, head_VC)
 
 
-def _nll_sum_bwd(softcap, vocab_size, saved, g):
+def _nll_sum_bwd(softcap, vocab_size, slices, saved, g):
+    del slices
     dx_BTC, dhead, head_VC = saved
     padding = head_VC.shape[0] - vocab_size
     dhead_VC = jnp.pad(g * dhead, ((0, padding), (0, 0))).astype(head_VC.dtype)
@@ -83,12 +84,11 @@ def _nll_sum_bwd(softcap, vocab_size, saved, g):
 nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)
 
 
-def _num_slices(shape: tuple[int, ...], vocab_size: int) -> int:
-    """Slices along T so that one slice of float32 logits stays near the budget of the backend."""
-    B, T = shape[0], shape[1]
+def num_slices(rows: int, T: int, vocab_size: int) -> int:
+    """Slices along T so that one slice of a device's float32 logits stays near the budget of the backend."""
     budget = 2**21 if jax.default_backend() == "cpu" else 2**29  # bytes: an L2 cache; a slice of HBM
     n = 1
-    while n < T and (B * T * vocab_size * 4) / n > budget and T % (2 * n) == 0:
+    while n < T and (rows * T * vocab_size * 4) / n > budget and T % (2 * n) == 0:
         n *= 2
     return n
 

@@ -5,7 +5,10 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from megacontext_jax import mesh as meshes
 from megacontext_jax.model import gpt, loss
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import Choice, select_attention
@@ -19,6 +22,7 @@ class Objective:
     attention: Choice
     dtype: jnp.dtype
     remat: str = "none"
+    mesh: Mesh | None = None
 
     def init(self, key) -> dict:
         return gpt.init_params(self.cfg, key)
@@ -32,7 +36,13 @@ class Objective:
             dtype=self.dtype,
             remat=self.remat,
             unroll=jax.default_backend() == "cpu",  # faster there by a tenth, slower to compile
+            place=lambda x_BTC: self._place(x_BTC, meshes.BATCH, None, None),
         )
+
+    def _place(self, x, *axes):
+        if self.mesh is None or self.mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
 
     def loss(self, params, batch, key):
         """(summed nats, number of targets) of a batch {"inputs", "targets"} [B, T]; differentiable."""
@@ -46,13 +56,20 @@ class Objective:
 
     def _nats(self, fn, params, batch):
         x_BTC = self.hidden(params, batch["inputs"])
-        return fn(x_BTC, params["lm_head"], batch["targets"], self.cfg.constants.softcap, self.cfg.vocab_size)
+        (rows, T), cfg, head_VC = batch["inputs"].shape, self.cfg, params["lm_head"]
+        head_VC = self._place(head_VC, "tensor", None)  # gathered once, not slice by slice
+        if self.mesh is not None:
+            rows = max(1, rows // meshes.batch_shards(self.mesh))
+        slices = loss.num_slices(rows, T, cfg.vocab_size)
+        return fn(x_BTC, head_VC, batch["targets"], cfg.constants.softcap, cfg.vocab_size, slices)
 
 
-def make_objective(cfg: GPTConfig, *, attention_impl: str, dtype, remat: str = "none") -> Objective:
+def make_objective(
+    cfg: GPTConfig, *, attention_impl: str, dtype, remat: str = "none", mesh: Mesh | None = None
+) -> Objective:
     platform = jax.default_backend()
     attention = select_attention(attention_impl, platform=platform, dtype=dtype, head_dim=cfg.head_dim)
-    return Objective(cfg, attention, jnp.dtype(dtype), remat)
+    return Objective(cfg, attention, jnp.dtype(dtype), remat, mesh)
 
 
 def abstract_params(cfg: GPTConfig):

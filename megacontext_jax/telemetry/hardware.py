@@ -109,22 +109,6 @@ def describe() -> dict[str, Any]:
     }
 
 
-def describe_devices() -> dict[str, Any]:
-    """The devices JAX computes on: backend, kind, count, processes, memory and bfloat16 peak of one."""
-    import jax
-
-    devices = jax.devices()
-    kind = devices[0].device_kind
-    return {
-        "backend": jax.default_backend(),
-        "kind": kind,
-        "count": len(devices),
-        "processes": jax.process_count(),
-        "memory_bytes": memory_bytes(jax.local_devices()[0]),
-        "peak_flops": peak_flops(kind),
-    }
-
-
 def total_peak_flops(dtype: Any = "bfloat16") -> float | None:
     """Peak of all devices of the run together (every process), or None if one of them is unknown."""
     import jax

@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TextIO, TypeVar
 
@@ -365,15 +365,3 @@ class Progress:
                 text = text[: columns - 1]
             self._stream.write(f"\r\x1b[K{text}")
         self._stream.flush()
-
-
-def track(
-    items: Iterable[Item], label: str, total: float | None = None, *, unit: str = "", **options: Any
-) -> Iterator[Item]:
-    """Iterates over `items` behind a `Progress`; the total is taken from `len` where there is one."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
-    with Progress(label, total, unit=unit, **options) as progress:
-        for item in items:
-            yield item
-            progress.update()

@@ -58,12 +58,18 @@ REPORT_FILE = "report.md"
 Facts = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
-def begin() -> dict[str, Any]:
-    """Notes when and on what this run started, unless that is noted already; returns the note."""
+def begin(tag: str = "") -> dict[str, Any]:
+    """Notes when and on what this run started, unless that is noted already; returns the note.
+
+    A report belongs to one tag: that of another tag is moved aside first (see `reset`).
+    """
     path = report_dir() / RUN_FILE
     if path.exists():
-        return _read_json(path)
-    note = {"started": psutil.Process().create_time(), "machine": hardware.describe()}
+        note = _read_json(path)
+        if not tag or note.get("tag", "") in ("", tag):
+            return note
+        move_aside(report_dir())
+    note = {"started": psutil.Process().create_time(), "machine": hardware.describe(), "tag": tag}
     _write_json(path, note)
     return note
 
@@ -428,10 +434,11 @@ def main(argv: list[str]) -> int:
     if argv in (["-h"], ["--help"]):
         print(__doc__.strip())
         return 0
-    if len(argv) != 1 or argv[0] not in ("begin", "generate", "reset"):
-        raise UserError(f"report takes one word, begin, generate or reset, not '{' '.join(argv)}'.")
+    tagged = len(argv) == 2 and argv[0] == "begin"
+    if not tagged and (len(argv) != 1 or argv[0] not in ("begin", "generate", "reset")):
+        raise UserError(f"report takes begin [TAG], generate or reset, not '{' '.join(argv)}'.")
     if argv[0] == "begin":
-        begin()
+        begin(*argv[1:])
     elif argv[0] == "generate":
         print(f"Wrote {generate()}")
     else:

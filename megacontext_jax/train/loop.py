@@ -15,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from megacontext_jax import mesh as meshes
+from megacontext_jax.checkpoints.contents import save_tokenizer
 from megacontext_jax.checkpoints.writer import Checkpoints
 from megacontext_jax.config import Config
+from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
 from megacontext_jax.model.arch import GPTConfig
@@ -25,7 +27,14 @@ from megacontext_jax.telemetry import hardware, report
 from megacontext_jax.telemetry.progress import StepMeter, StepPrinter
 from megacontext_jax.telemetry.sinks import open_metrics
 from megacontext_jax.train.schedule import lr_multiplier
-from megacontext_jax.train.step import LossFn, TrainState, abstract_state, init_state, make_train_step
+from megacontext_jax.train.step import (
+    LossFn,
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    state_from,
+)
 from megacontext_jax.train.stop import Stopper
 
 
@@ -46,9 +55,10 @@ class Setup:
     optimizer: object
     loss_fn: LossFn
     nll_fn: Callable
-    token_bytes: np.ndarray
+    tokenizer: Tokenizer
     validation: dict[str, Iterable[dict]]  # metric name -> batches of [rows, T], the same each time
     identity: dict  # what a resumed run must share with its checkpoint
+    identity_defaults: dict  # values of options that older checkpoints do not know
     description: dict  # model config, tokenizer digest: what a reader of the checkpoint needs
     start_params: Callable[[object], dict] | None = None  # template -> parameters of the stage before
     sample: Callable[[dict], list[dict]] | None = None  # params -> [{"prompt", "completion"}]
@@ -97,14 +107,16 @@ class StepLog:
             self._log(step, values, seconds)
 
     def _log(self, step: int, values: dict, seconds: float) -> None:
-        if not math.isfinite(values["loss"]):
+        bad = [name for name, value in values.items() if not math.isfinite(value)]
+        if bad:
             raise TrainingStopped(
-                f"The loss is {values['loss']} at step {step}; lower the learning rates or look at the data read "
-                "there, then run the same command to continue from the last checkpoint."
+                f"Not a number at step {step}: {', '.join(bad)}; start again with lower learning rates (--fresh "
+                "--matrix-lr ...), or look at the data read there. Checkpoints saved so far are intact."
             )
         lrm = float(self._multiplier(step)) * self._opts.init_lr_frac
         report_ = self._meter.update(step, values["loss"], seconds, lrm=lrm, grad_norm=values["grad_norm"])
-        self._printer.show(report_)
+        if jax.process_index() == 0:
+            self._printer.show(report_)
         if step % self._opts.log_every == 0 or step + 1 == self._meter.total_steps:
             extra = {f"train/{name}": values[name] for name in ("param_norm", "update_norm", "weight")}
             self._metrics.log(report_.metrics() | extra | {"train/loss_step": values["loss"]}, step=step)
@@ -126,7 +138,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     loop_state: dict = {}
     if resume_step is not None:
         meta = checkpoints.read_meta(resume_step)
-        checkpoints.check_compatible(meta["identity"], setup.identity)
+        checkpoints.check_compatible(meta["identity"], setup.identity, setup.identity_defaults)
         if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
             print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
             return 0
@@ -137,10 +149,12 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         loop_state = meta["loop_state"]
         print0(f"Continuing {setup.folder.name} at step {resume_step} of {n_steps}.")
     else:
-        state = init_state(mesh, setup.init, setup.optimizer, key)
         if setup.start_params is not None:
-            params = setup.start_params(template.params)
-            state = state._replace(params=params)
+            state = state_from(setup.start_params(template.params), template, setup.optimizer)
+        else:
+            state = init_state(mesh, setup.init, setup.optimizer, key)
+    if jax.process_index() == 0:
+        save_tokenizer(setup.tokenizer, setup.folder)
 
     # --- Compile once, ahead of time: no step can recompile ----------------------------------------------
     shardings = jax.tree.map(lambda x: x.sharding, template)
@@ -151,7 +165,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     train_step = jitted.lower(state, batch).compile()
     print0(f"Compiled the training step in {time.monotonic() - started:.1f} s.")
     tokens_per_step = math.prod(batch["inputs"].shape)
-    bpb_step = make_bpb_step(setup.nll_fn, setup.token_bytes, mesh)
+    bpb_step = make_bpb_step(setup.nll_fn, setup.tokenizer.token_bytes(), mesh)
 
     meter = StepMeter(
         n_steps,
@@ -170,6 +184,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         resume_step=resume_step,
         primary=jax.process_index() == 0,
     )
+    print0(f"Metrics: {metrics.describe()}")
     multiplier = lr_multiplier(
         n_steps,
         warmup_ratio=opts.warmup_ratio,
@@ -268,6 +283,10 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             log.take(keep=1)
             checkpoints.check()
 
+        # a stop asked for during the last evaluation: no report, so that the same command evaluates again
+        if stopper.signal:
+            return 128 + stopper.signal
+
     if jax.process_index() == 0:
         write_report(setup, meter, results, best, samples)
     return 0
@@ -301,7 +320,12 @@ def write_report(setup: Setup, meter: StepMeter, results: dict, best: float, sam
         **{f"Final {name}": value for name, value in results.items()},
         "Training tokens": state["total_tokens"],
         "Total training time (s)": state["total_seconds"],
-        "Peak memory (GB)": hardware.peak_rss() / 1e9,
+        "Peak memory of the process (GB)": hardware.peak_rss() / 1e9,
+        **(
+            {}
+            if jax.default_backend() == "cpu"
+            else {"Peak memory per device (GB)": hardware.peak_memory() / 1e9}
+        ),
     }
     report.write_section(
         section_slug(setup.stage),

@@ -52,14 +52,14 @@ def plan_stage(config: Config, stage: str, devices: int, activation_bytes: int) 
 def memory_estimate(cfg: GPTConfig, config: Config, opts, rows: int, devices: int, width: int) -> float:
     """Bytes per device of a training step: parameters, gradients, optimiser state, activations, logits slice.
 
-    An estimate, meant to be within a quarter: activations per token and layer are counted as the arrays that
-    the backward pass reads (36 widths without recomputation, 12 with `dots`, 1 with `full`).
+    A count, not a measurement: activations per token and layer are the arrays that the backward pass reads
+    (36 widths without recomputation, 12 with `dots`, 1 with `full`).
     """
     n = cfg.num_params()
     split = config.run.fsdp_axis * config.run.tensor_axis
     adam, muon = n["wte"] + n["lm_head"], n["transformer"]
     state_numbers = 2 * adam + (muon if opts.optimizer == "muon" else 2 * muon)
-    weights = 4 * n["total"] * (2 + (opts.total_batch_size > 0)) / split  # float32, gradients and their sum
+    weights = 4 * n["total"] * 3 / split  # float32: parameters, gradients, and their sum or the updates
     state = 4 * state_numbers / devices
     kept = {"none": 36, "dots": 12, "full": 1}[config.run.remat]
     tokens = rows * cfg.sequence_len

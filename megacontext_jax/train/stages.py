@@ -8,6 +8,7 @@ import jax
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
+from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step, run_folder, unused_tag
 from megacontext_jax.config import Config, fixed_options
@@ -28,7 +29,6 @@ from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.plan import batch_layout, horizon, model_of
 
 SOURCE_STAGE = {"mid": "base", "sft": "mid"}
-TOKENIZER_FOLDER = "tokenizer"
 
 
 def prepare(config: Config, stage: str) -> Setup:
@@ -44,10 +44,12 @@ def prepare(config: Config, stage: str) -> Setup:
     if source is None:
         text = sources.prepare_text(config)
         tokenizer = sources.load_tokenizer(text.tokenizer_dir)
+        sources.check_vocabulary(tokenizer, config.tokenizer.vocab_size, text.tokenizer_dir)
         model = replace(model_of(config), vocab_size=tokenizer.vocab_size)
     else:
-        tokenizer = Tokenizer.load(source / TOKENIZER_FOLDER)
-        meta = read_meta(source, latest_step(source))
+        source_step = config.eval.step if config.eval.step >= 0 else latest_step(source)
+        meta = read_meta(source, source_step)
+        tokenizer = load_tokenizer(source, meta)
         model = GPTConfig(**(meta["model_config"] | {"sequence_len": seq_len}))
         if meta["step"] < meta["num_iterations"]:
             print0(f"Note: {source.name} is unfinished, at step {meta['step']} of {meta['num_iterations']}.")
@@ -62,7 +64,9 @@ def prepare(config: Config, stage: str) -> Setup:
 
     num_iterations = horizon(stage, opts, model, data.epoch_tokens, rows * seq_len)
     dtype = runtime.compute_dtype(run)
-    objective = make_objective(model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat)
+    objective = make_objective(
+        model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat, mesh=mesh
+    )
     optimizer = make_optimizer(
         opts,
         n_embd=model.n_embd,
@@ -76,7 +80,8 @@ def prepare(config: Config, stage: str) -> Setup:
         "data": fixed_options(config.data) | {"files": data.digest},
         "tokenizer": tokenizer.digest,
         "seed": run.seed,
-        "source": source and f"{source.name} at step {latest_step(source)}",
+        "source": source and f"{source.name} at step {source_step}",
+        "compute_dtype": dtype.name,
     }
     n = model.num_params()
     facts = {
@@ -105,8 +110,6 @@ def prepare(config: Config, stage: str) -> Setup:
         )
         print0(f"{name:<{width}} : {shown}")
 
-    if jax.process_index() == 0:
-        tokenizer.save(folder / TOKENIZER_FOLDER)
     return Setup(
         stage=stage,
         tag=tag,
@@ -121,11 +124,15 @@ def prepare(config: Config, stage: str) -> Setup:
         optimizer=optimizer,
         loss_fn=objective.loss,
         nll_fn=objective.nll,
-        token_bytes=tokenizer.token_bytes(),
+        tokenizer=tokenizer,
         validation=data.validation,
         identity=identity,
+        identity_defaults={
+            stage: fixed_options(getattr(Config(), stage)),
+            "data": fixed_options(Config().data),
+        },
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest},
-        start_params=source and partial(load_params, source, latest_step(source)),
+        start_params=source and partial(load_params, source, source_step),
         sample=partial(draw_samples, objective, tokenizer, data.prompts)
         if jax.process_count() == 1
         else None,
@@ -192,6 +199,7 @@ def chat_data(config: Config, stage: str, layout: Layout) -> StageData:
         layout.seq_len,
         shuffle=not (opts.curriculum or chat.shuffled),
         seed=config.run.seed,
+        num_workers=config.data.workers,
         **options,
     )
     val = conversation_val_batches(

@@ -21,25 +21,26 @@ class TrainState(NamedTuple):
 LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]
 
 
+def _fresh(optimizer, params: dict) -> TrainState:
+    return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
+
+
 def init_state(mesh: Mesh, init: Callable[[jax.Array], dict], optimizer, key) -> TrainState:
     """A fresh state, born sharded."""
+    template = abstract_state(mesh, init, optimizer, key)
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    return jax.jit(lambda key: _fresh(optimizer, init(key)), out_shardings=shardings)(key)
 
-    def make(key):
-        params = init(key)
-        return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
 
-    shardings = meshes.state_shardings(mesh, jax.eval_shape(make, key))
-    return jax.jit(make, out_shardings=shardings)(key)
+def state_from(params: dict, template: TrainState, optimizer) -> TrainState:
+    """The state at the start of a stage that goes on from given parameters, which are consumed."""
+    shardings = jax.tree.map(lambda x: x.sharding, template)
+    return jax.jit(lambda p: _fresh(optimizer, p), out_shardings=shardings, donate_argnums=0)(params)
 
 
 def abstract_state(mesh: Mesh, init, optimizer, key) -> TrainState:
     """Shapes and shardings of the state without making it: the template for restoring."""
-
-    def make(key):
-        params = init(key)
-        return TrainState(params, optimizer.init(params), jnp.zeros([], jnp.int32))
-
-    shapes = jax.eval_shape(make, key)
+    shapes = jax.eval_shape(lambda key: _fresh(optimizer, init(key)), key)
     shardings = meshes.state_shardings(mesh, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 

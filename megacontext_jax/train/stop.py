@@ -5,6 +5,9 @@ import signal
 import sys
 
 import jax
+import numpy as np
+
+AGREE_EVERY = 10  # steps between two agreements of several processes
 
 
 class Stopper:
@@ -24,14 +27,14 @@ class Stopper:
             signal.signal(number, handler)
 
     def requested(self, step: int) -> int | None:
-        """Agreed between processes, so that all of them stop after the same step."""
+        """The signal to stop for, agreed between processes so that all of them stop after the same step."""
         if jax.process_count() == 1:
             return self.signal
+        if step % AGREE_EVERY:
+            return None
         from jax.experimental import multihost_utils
 
-        if multihost_utils.reached_preemption_sync_point(step):
-            return self.signal or signal.SIGTERM
-        return None
+        return int(multihost_utils.process_allgather(np.int32(self.signal or 0)).max()) or None
 
     def _on_signal(self, number, frame):
         del frame

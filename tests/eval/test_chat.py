@@ -1,5 +1,4 @@
 import io
-import json
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -119,17 +118,6 @@ def test_refuses_what_does_not_exist():
         chat.evaluate_kinds(mock_engine(parrot()), options(tasks="facts|ledgers"))
     with pytest.raises(UserError, match="--eval-batch-size 0"):
         chat.evaluate_kinds(mock_engine(parrot()), options(eval_batch_size=0))
-
-
-def test_results_are_written_whole(tmp_path):
-    path = tmp_path / "report" / "chat_eval_sft.json"
-    results = {"facts": {"accuracy": 0.5, "chance": 0.25, "n": 4}}
-    chat.write_results(path, results)
-    assert json.loads(path.read_text()) == results
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-    with pytest.raises(TypeError):
-        chat.write_results(path, {"facts": object()})
-    assert json.loads(path.read_text()) == results
 
 
 def test_no_question_no_result():

@@ -1,6 +1,7 @@
 import multiprocessing
 import subprocess
 
+import jax
 import numpy as np
 import psutil
 import pytest
@@ -75,11 +76,8 @@ def test_description_of_this_machine():
 
 
 def test_devices_of_this_machine():
-    facts = hardware.describe_devices()
-    assert facts["count"] >= 1
-    assert facts["memory_bytes"] > 2**28
-    if facts["backend"] == "cpu":
-        assert facts["peak_flops"] is None
+    assert hardware.memory_bytes() > 2**28
+    if jax.default_backend() == "cpu":
         assert hardware.total_peak_flops() is None
         assert hardware.peak_memory() == hardware.peak_rss()
 

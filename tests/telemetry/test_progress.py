@@ -239,9 +239,3 @@ def test_updates_from_many_threads_add_up():
         for thread in threads:
             thread.join()
     assert bar.done == 4000
-
-
-def test_track_yields_everything_and_knows_the_length():
-    stream = io.StringIO()
-    assert list(progress.track([1, 2, 3], "things", stream=stream)) == [1, 2, 3]
-    assert stream.getvalue().startswith("things: 3/3 in")

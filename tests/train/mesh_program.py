@@ -26,7 +26,7 @@ def main(data: str, fsdp: str, tensor: str, optimizer_name: str, steps: str = "2
     mesh = meshes.make_mesh(int(data), int(fsdp), int(tensor))
     # three layers: neither layers nor stacked matrices divide by eight
     cfg = GPTConfig("pocket", T, 128, n_layer=3, n_head=4, n_kv_head=4, n_embd=64)
-    objective = make_objective(cfg, attention_impl="auto", dtype="float32")
+    objective = make_objective(cfg, attention_impl="auto", dtype="float32", mesh=mesh)
     # constant small rates: Adam's first steps divide by |g| and would amplify rounding
     opts = StageConfig(optimizer=optimizer_name, matrix_lr=2e-3, embedding_lr=2e-3, unembedding_lr=2e-3)
     optimizer = make_optimizer(
