@@ -345,7 +345,9 @@ def _download_hub(data: HubSet, data_dir: Path, hub: str) -> list[Path]:
     folder, label = data.folder(data_dir), f"{data.repo} {data.split}"
     manifest, listing = folder / MANIFEST, folder / "listing.json"
     if manifest.exists():
-        return [folder / name for name in json.loads(manifest.read_text("utf-8"))]
+        paths = [folder / name for name in json.loads(manifest.read_text("utf-8"))]
+        if all(path.is_file() for path in paths):
+            return paths
     listing.unlink(missing_ok=True)  # the hub may have changed since an interrupted download
     address = f"{hub}/api/datasets/{data.repo}/parquet/{data.subset}/{data.split}"
     download([(address, listing)], check=None, label=f"list of {label}")

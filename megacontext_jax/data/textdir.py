@@ -110,11 +110,17 @@ def _check_prepared(folder: Path, fingerprint: str) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         sizes = {path.name: path.stat().st_size for path in folder.glob("*.parquet")}
-        intact = manifest["fingerprint"] == fingerprint and manifest["shards"] == sizes
-    except (OSError, ValueError, KeyError, TypeError):
-        intact = False
-    if not intact:
-        raise UserError(f"The prepared data in {folder} is damaged; delete that folder and run again.")
+        named = manifest["shards"]
+        odd = sorted(name for name in named.keys() | sizes.keys() if named.get(name) != sizes.get(name))
+        if manifest["fingerprint"] != fingerprint:
+            odd = [MANIFEST]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        odd = [MANIFEST]
+    if odd:
+        raise UserError(
+            f"The prepared data in {folder} is damaged ({odd[0]} is missing or not what was written); delete "
+            "that folder and run again."
+        )
 
 
 def _write(documents: Iterable[str], folder: Path, data_dir: Path) -> dict:

@@ -357,6 +357,18 @@ def test_an_unfinished_download_is_no_data(hub, small_stage, tmp_path):
     assert len(download_mixture("mid", tmp_path / "data", hub=address)) == 5
 
 
+def test_a_file_lost_after_the_download_is_named_and_fetched_again(hub, small_stage, tmp_path):
+    address, _, _ = hub
+    paths = download_mixture("mid", tmp_path, hub=address)
+    lost = mixture.GSM8K.folder(tmp_path) / "00001.parquet"
+    content = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(UserError, match=rf"{lost} is missing"):
+        build_mixture("mid_train", tmp_path)
+    assert download_mixture("mid", tmp_path, hub=address) == paths
+    assert lost.read_bytes() == content
+
+
 def test_a_strange_answer_of_the_hub_is_an_error(hub, small_stage, tmp_path):
     address, _, site = hub
     listing = site / f"api/datasets/{mixture.GSM8K.repo}/parquet/main/train"

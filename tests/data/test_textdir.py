@@ -92,12 +92,21 @@ def test_second_call_reads_nothing_and_changes_are_noticed(folders, monkeypatch)
     assert read(second, "val") == ["six"]
 
 
-def test_a_damaged_preparation_is_refused_by_name(folders):
+@pytest.mark.parametrize("case", ["missing", "changed", "extra", "manifest"])
+def test_a_damaged_preparation_is_refused_by_name(folders, case):
     data, out = folders
     jsonl(data / "x.jsonl", ["one", "two"])
     prepared = prepare_text_dir(data, out)
-    list_shards(prepared)[0].unlink()
-    with pytest.raises(UserError, match=f"{prepared.name} is damaged; delete that folder"):
+    path = {"extra": prepared / "shard_9.parquet", "manifest": prepared / "manifest.json"}.get(
+        case, list_shards(prepared)[-1]
+    )
+    if case == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"{}")
+    with pytest.raises(
+        UserError, match=rf"{prepared.name} is damaged \({path.name} is .*; delete that folder"
+    ):
         prepare_text_dir(data, out)
     shutil.rmtree(prepared)
     assert read(prepare_text_dir(data, out), "val") == ["two"]
