@@ -54,7 +54,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    data_dir: str = option("", "train on your own folder of .parquet, .jsonl or .txt files")
+    data_dir: str = option("", "train on your own folder of .parquet, .jsonl or .txt files", free=True)
     dataset: str = option(
         "builtin",
         "builtin, fineweb_edu or climbmix",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -100,14 +101,18 @@ def test_one_prompt_gets_one_answer(trained):
 def test_the_big_recipes_refuse_this_machine_and_show_their_plan(tmp_path):
     for name, parameters in (("speedrun", "560,988,160"), ("run1000", "1,879,048,192")):
         assert "--dry-run" in recipe(tmp_path, f"{name}.sh", status=2)
-        assert parameters in recipe(tmp_path, f"{name}.sh", "--dry-run")
+        for flag in ("--dry-run", "--dry_run=true"):
+            assert parameters in recipe(tmp_path, f"{name}.sh", flag)
+    assert not (tmp_path / "artifacts").exists()
     assert "bash run10.sh" in recipe(tmp_path, "run10.sh", "--help")
     assert "--depth" in recipe(tmp_path, "run10.sh", "--config", "tests/tiny.yaml", "--dpeth", "3", status=2)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_stage_continues_to_the_same_losses(trained, tmp_path, stage):
-    kill_after = {"base": 4, "mid": 8, "sft": 3}[stage]
+    kill_after = {"base": 3, "mid": 6, "sft": 3}[
+        stage
+    ]  # a save waits for the one before, so it is not far beyond
     for part in ("base", *(f"artifacts/megacontext_{s}_d2" for s in STAGES if s < stage or stage != "base")):
         if part != f"artifacts/megacontext_{stage}_d2":
             shutil.copytree(trained / part, tmp_path / part, symlinks=True)
@@ -115,15 +120,16 @@ def test_a_killed_stage_continues_to_the_same_losses(trained, tmp_path, stage):
     process = subprocess.Popen(
         command(STAGES[stage]), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
     )
-    metrics = tmp_path / f"artifacts/megacontext_{stage}_d2/metrics.jsonl"
+    saved = tmp_path / f"artifacts/megacontext_{stage}_d2/{kill_after:06d}"
     deadline = time.monotonic() + 200
-    while not metrics.exists() or f'"step": {kill_after}' not in metrics.read_text():
+    while not saved.exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    run(tmp_path, STAGES[stage])
+    said = run(tmp_path, STAGES[stage])
+    assert re.search(r"Continuing megacontext_\w+ at step [1-9]", said), said
     assert losses(tmp_path, stage) == losses(trained, stage)
 
 
@@ -162,6 +168,19 @@ def test_a_signal_saves_at_the_next_step_and_the_same_command_continues(trained,
     (saved,) = (tmp_path / "artifacts/megacontext_base_d2").glob("0*")
     assert int(saved.name) >= 5
 
+    # again, and this time twice: the second signal ends it at once
+    process = subprocess.Popen(
+        command("base_train", *long), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    assert max(losses(tmp_path, "base"), default=0) < int(saved.name) + 5
+    process.send_signal(number)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+
 
 def test_a_damaged_checkpoint_is_refused_by_name(trained, tmp_path):
     shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
@@ -177,6 +196,19 @@ def test_a_damaged_checkpoint_is_refused_by_name(trained, tmp_path):
     assert "Traceback" not in said
 
 
+def test_a_run_with_another_tokenizer_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "artifacts", tmp_path / "artifacts")
+    shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
+    (corpus,) = (tmp_path / "base/builtin").iterdir()
+    run(tmp_path, "tok_train", "--vocab-size", "400")
+    shutil.rmtree(tmp_path / "artifacts/megacontext_sft_d2/tokenizer")
+    shutil.copytree(corpus / "tokenizer_400", tmp_path / "artifacts/megacontext_sft_d2/tokenizer")
+    for script in ("chat_cli", "chat_eval"):
+        said = run(tmp_path, script, "-p", "2+2?", status=2)
+        assert "512" in said
+        assert "400" in said
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "word"),
     [
@@ -187,6 +219,8 @@ def test_a_damaged_checkpoint_is_refused_by_name(trained, tmp_path):
         ("base_train", ("--total-batch-size", "100"), "--total-batch-size"),
         ("base_train", ("--attention-impl", "cudnn", "--fresh"), "cudnn"),
         ("base_train", ("--tensor-axis", "3"), "--tensor-axis"),
+        ("base_train", ("--mc",), "--mc"),
+        ("base_train", ("--compute-dtype", "bfloat16"), "compute_dtype"),
     ],
 )
 def test_mistakes_are_one_clear_sentence(trained, script, flags, word):

@@ -184,7 +184,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         resume_step=resume_step,
         primary=jax.process_index() == 0,
     )
-    print0(f"Metrics: {metrics.describe()}")
+    print0(metrics.describe())
     multiplier = lr_multiplier(
         n_steps,
         warmup_ratio=opts.warmup_ratio,

@@ -242,7 +242,7 @@ def test_command_line(artifacts, capsys):
     assert not (artifacts / "report" / "report.md").exists()
     assert report.main(["begin"]) == 0
     for words in ([], ["publish"], ["generate", "now"]):
-        with pytest.raises(UserError, match="report takes one word"):
+        with pytest.raises(UserError, match="report takes begin"):
             report.main(words)
 
 
@@ -252,3 +252,14 @@ def test_command_line_errors_are_one_line_and_status_2():
     assert empty.returncode == 2
     assert empty.stderr.startswith("error: There is nothing to report in ")
     assert empty.stderr.count("\n") == 1
+
+
+def test_a_report_belongs_to_one_tag():
+    report.begin("d4")
+    report.write_section("midtraining", "Midtraining", {"x": 1})
+    assert report.begin("d4")["tag"] == "d4"
+    assert report.has_section("midtraining")
+    report.begin("d4-2")
+    assert not report.has_section("midtraining")
+    (aside,) = report.report_dir().parent.glob("report.*")
+    assert (aside / "midtraining.json").exists()
