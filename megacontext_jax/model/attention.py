@@ -124,11 +124,16 @@ IMPLEMENTATIONS = {
 }
 
 
-def select_attention(impl: str, *, platform: str, dtype, head_dim: int) -> Choice:
-    """Resolve `--attention-impl` for this platform; an impossible request is refused with its reason."""
+def select_attention(
+    impl: str, *, platform: str, dtype, head_dim: int, capability: float | None = None
+) -> Choice:
+    """Resolve `--attention-impl` for this platform; an impossible request is refused with its reason.
+
+    `capability` is the CUDA compute capability of the device, None where it has none.
+    """
     if impl != "auto" and impl not in IMPLEMENTATIONS:
         raise UserError(f"Unknown --attention-impl {impl!r}; choose auto, {', '.join(IMPLEMENTATIONS)}.")
-    refusal = _cudnn_refusal(platform, dtype, head_dim)
+    refusal = _cudnn_refusal(platform, dtype, head_dim, capability)
     if impl == "cudnn" and refusal:
         raise UserError(f"--attention-impl cudnn cannot run here: {refusal}; use --attention-impl auto.")
     if impl != "auto":
@@ -140,10 +145,12 @@ def select_attention(impl: str, *, platform: str, dtype, head_dim: int) -> Choic
     return Choice("cudnn", cudnn_attention, "half precision on an NVIDIA GPU")
 
 
-def _cudnn_refusal(platform: str, dtype, head_dim: int) -> str | None:
+def _cudnn_refusal(platform: str, dtype, head_dim: int, capability: float | None) -> str | None:
     """Why cuDNN's fused attention cannot run, or None."""
     if platform not in ("gpu", "cuda"):
         return f"the device is a {platform}"
+    if capability is None or capability < 8.0:
+        return f"its fused kernels need compute capability 8.0 and this device has {capability}"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         return f"it has no {jnp.dtype(dtype).name} kernel"
     if head_dim % 8 or head_dim > 128:

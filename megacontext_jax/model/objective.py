@@ -68,7 +68,14 @@ def make_objective(
     cfg: GPTConfig, *, attention_impl: str, dtype, remat: str = "none", mesh: Mesh | None = None
 ) -> Objective:
     platform = jax.default_backend()
-    attention = select_attention(attention_impl, platform=platform, dtype=dtype, head_dim=cfg.head_dim)
+    capability = getattr(jax.local_devices()[0], "compute_capability", None)
+    attention = select_attention(
+        attention_impl,
+        platform=platform,
+        dtype=dtype,
+        head_dim=cfg.head_dim,
+        capability=capability and float(capability),
+    )
     return Objective(cfg, attention, jnp.dtype(dtype), remat, mesh)
 
 

@@ -217,8 +217,10 @@ def test_dispatch_says_what_it_chose_and_why():
     choice = select_attention("auto", platform="cpu", dtype="float32", head_dim=64)
     assert choice.name == "blocked"
     assert choice.why
-    choice = select_attention("auto", platform="gpu", dtype="bfloat16", head_dim=128)
+    choice = select_attention("auto", platform="gpu", dtype="bfloat16", head_dim=128, capability=9.0)
     assert choice.name == "cudnn"
-    choice = select_attention("auto", platform="gpu", dtype="float32", head_dim=128)
+    old = select_attention("auto", platform="gpu", dtype="bfloat16", head_dim=128, capability=7.0)
+    assert (old.name, "7.0" in old.why) == ("xla", True)
+    choice = select_attention("auto", platform="gpu", dtype="float32", head_dim=128, capability=9.0)
     assert choice.name == "xla"
     assert "float32" in choice.why
