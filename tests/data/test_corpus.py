@@ -133,19 +133,6 @@ def test_a_missing_or_changed_file_is_refused_by_name_and_can_be_made_again(corp
     assert digests(build(tmp_path, seed=1, **SMALL)) == digests(corpus)
 
 
-def test_a_manifest_of_before_is_completed(corpus, tmp_path):
-    folder = tmp_path / corpus.name
-    shutil.copytree(corpus, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for facts in manifest["files"].values():
-        del facts["bytes"]
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    assert digests(build(tmp_path, seed=1, **SMALL)) == digests(corpus)
-    (folder / MANIFEST).write_text("{")
-    with pytest.raises(UserError, match=rf"{folder / MANIFEST} is damaged .*; delete it"):
-        build(tmp_path, seed=1, **SMALL)
-
-
 def test_the_list_of_files_is_the_manifests(corpus, tmp_path):
     folder = tmp_path / corpus.name
     shutil.copytree(corpus, folder)

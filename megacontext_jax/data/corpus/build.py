@@ -18,9 +18,10 @@ from megacontext_jax.data.corpus.world import stream
 from megacontext_jax.errors import UserError
 from megacontext_jax.files import atomic_path, remove_stale_scratch, write_bytes
 
-GENERATOR_VERSION = 5
+GENERATOR_VERSION = 6
 MANIFEST = "manifest.json"
 _ROW_GROUP = 1024
+_HELD_OUT_ROW_GROUP = 32  # small sets, and each process of a run takes whole row groups
 _TEXT = pa.schema([("text", pa.string())])
 _MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 _CHAT = pa.schema([("messages", pa.list_(_MESSAGE))])
@@ -111,8 +112,6 @@ def _is_finished(folder: Path) -> bool:
     if not path.exists():
         return False
     files = _manifest(folder)["files"]
-    if not all("bytes" in facts for facts in files.values()):
-        return False  # from before sizes were listed: what is missing is made, and the manifest written anew
     for name, facts in files.items():
         file = folder / name
         if not file.is_file():
@@ -137,8 +136,8 @@ def _write_all(folder: Path, s: dict[str, Any], echo: Callable[[str], None]) -> 
     chars = int(s["pretrain_mchars"] * 1e6 / shards)
     files: dict[str, dict] = {}
 
-    def text_file(name: str, make: Callable[[], Iterable[tuple[str, str]]]) -> None:
-        files[name] = _write(folder / name, _TEXT, make)
+    def text_file(name: str, make: Callable[[], Iterable[tuple[str, str]]], group: int) -> None:
+        files[name] = _write(folder / name, _TEXT, make, group)
         echo(f"{name}: {files[name]['rows']:,} documents, {files[name]['characters']:,} characters")
 
     for i in range(shards):
@@ -155,6 +154,7 @@ def _write_all(folder: Path, s: dict[str, Any], echo: Callable[[str], None]) -> 
                 mixture.English("train", seed, offset),
                 s["max_doc_tokens"],
             ),
+            _ROW_GROUP,
         )
     text_file(
         f"pretrain/shard_{shards:05d}.parquet",
@@ -167,9 +167,14 @@ def _write_all(folder: Path, s: dict[str, Any], echo: Callable[[str], None]) -> 
             mixture.English("val", seed),
             min(s["max_doc_tokens"], 4000),
         ),
+        _HELD_OUT_ROW_GROUP,
     )
     english = mixture.English("val", seed)
-    text_file("python_val.parquet", lambda: (("english", english.next()) for _ in range(len(english))))
+    text_file(
+        "python_val.parquet",
+        lambda: (("english", english.next()) for _ in range(len(english))),
+        _HELD_OUT_ROW_GROUP,
+    )
     for stage in mixture.CHATS:
         for split, count in (("train", s[f"{stage}_conversations"]), ("val", s["val_conversations"])):
             name = f"{stage}/{split}-00000.parquet"
@@ -179,13 +184,14 @@ def _write_all(folder: Path, s: dict[str, Any], echo: Callable[[str], None]) -> 
                 lambda stage=stage, split=split, count=count: mixture.chats(
                     stream(split, seed, stage), split, stage, count
                 ),
+                _ROW_GROUP,
             )
             echo(f"{name}: {files[name]['rows']:,} conversations, {files[name]['characters']:,} characters")
     write_bytes(folder / MANIFEST, json.dumps({"settings": s, "files": files}, indent=1).encode())
 
 
-def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str, Any]]]) -> dict:
-    """Writes rows of (kind, value) as one parquet file in row groups; a file that is there already is kept.
+def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str, Any]]], rows: int) -> dict:
+    """Writes rows of (kind, value) as one parquet file in row groups of `rows`; a file that is there already is kept.
 
     The counts of a file stand in its own metadata, so that a resumed build can put them into the manifest.
     """
@@ -196,7 +202,7 @@ def _write(path: Path, schema: pa.Schema, make: Callable[[], Iterable[tuple[str,
     sizes: Counter[str] = Counter()
     column = schema.names[0]
     with atomic_path(path) as scratch, pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
-        for group in _groups(make()):
+        for group in _groups(make(), rows):
             for kind, value in group:
                 kinds[kind] += 1
                 sizes[kind] += len(value) if isinstance(value, str) else sum(len(m["content"]) for m in value)
@@ -218,11 +224,11 @@ def _facts(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _groups(rows: Iterable) -> Iterator[list]:
+def _groups(items: Iterable, rows: int) -> Iterator[list]:
     group = []
-    for row in rows:
-        group.append(row)
-        if len(group) == _ROW_GROUP:
+    for item in items:
+        group.append(item)
+        if len(group) == rows:
             yield group
             group = []
     if group:
