@@ -58,13 +58,12 @@ def measure_jax() -> dict:
     for batch_size in BATCHES:
         prompt = jax.numpy.asarray(tokens[0, :1, :PROMPT].repeat(batch_size, 0))
         run = greedy_loop(decode.decode_step, cfg)
+        prefill = jax.jit(lambda p, ids, lengths, cache: decode.prefill(p, cfg, ids, lengths, cache))
         times = []
         for _ in range(6):
             cache = decode.init_cache(cfg, batch_size, PROMPT + NEW_TOKENS)
             lengths = jax.numpy.full(batch_size, PROMPT)
-            logits, cache = jax.block_until_ready(
-                prefill_jit(decode.prefill, cfg)(params, prompt, lengths, cache)
-            )
+            logits, cache = jax.block_until_ready(prefill(params, prompt, lengths, cache))
             start = time.perf_counter()
             jax.block_until_ready(run(params, logits, cache))
             times.append(time.perf_counter() - start)
@@ -130,21 +129,17 @@ def measure_torch(module: str) -> dict:
     return result
 
 
-def prefill_jit(prefill, cfg):
-    import jax
-
-    return jax.jit(lambda params, ids, lengths, cache: prefill(params, cfg, ids, lengths, cache))
-
-
 def greedy_loop(decode_step, cfg):
     """Compiled (params, logits, cache) -> NEW_TOKENS greedy tokens per row, the cache donated."""
     import jax
     import jax.numpy as jnp
 
+    from megacontext_jax.infer.sampler import greedy
+
     def run(params, logits_BV, cache):
         def body(_, carry):
             logits_BV, cache, out_B = carry
-            ids_B = jnp.argmax(logits_BV, axis=-1)
+            ids_B = greedy(logits_BV)
             logits_BV, cache = decode_step(params, cfg, ids_B, cache)
             return logits_BV, cache, out_B + ids_B
 
