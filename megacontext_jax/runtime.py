@@ -30,10 +30,10 @@ def start(run) -> None:
             f"JAX cannot use the platform {run.platform or 'it was given'!r} ({reason}); install the gpu extra or "
             "use --platform cpu."
         ) from None
-    if run.min_device_memory_gb and jax.default_backend() == "cpu":
+    if run.min_device_memory_gb and jax.default_backend() == "cpu" and run.platform != "cpu":
         raise UserError(
             f"This configuration is for GPUs of {run.min_device_memory_gb} GB and JAX finds none; install the gpu "
-            "extra, mend the driver, or use --config run10_cpu."
+            "extra, mend the driver, use --config run10_cpu, or insist with --platform cpu."
         )
 
 
