@@ -23,6 +23,7 @@ KINDS = (".parquet", ".jsonl", ".txt")
 HOLD_OUT_EVERY = 20
 MANIFEST = "manifest.json"
 _DOCS_PER_GROUP = 256  # small folders should still have several records to shuffle and share
+_HELD_OUT_DOCS_PER_GROUP = 16  # few documents, and each process of a run takes whole row groups
 _LARGEST_GROUP = 8192  # a parquet file with larger row groups is written anew
 _LARGEST_TXT = 1 << 30
 _VERSION = 1
@@ -126,7 +127,7 @@ def _check_prepared(folder: Path, fingerprint: str) -> None:
 def _write(documents: Iterable[str], folder: Path, data_dir: Path) -> dict:
     """Writes training shards and, as the last one, the held-out documents; returns what they are."""
     train = ShardWriter(folder, docs_per_group=_DOCS_PER_GROUP)
-    val = ShardWriter(folder, docs_per_group=_DOCS_PER_GROUP, docs_per_shard=None, prefix="val_")
+    val = ShardWriter(folder, docs_per_group=_HELD_OUT_DOCS_PER_GROUP, docs_per_shard=None, prefix="val_")
     with train, val:
         for is_val, text in _hold_out(documents):
             (val if is_val else train).add(text)

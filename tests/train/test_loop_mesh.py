@@ -81,7 +81,7 @@ def prepared(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     finish(start(folder, "scripts.prepare_data"))
     (built,) = (folder / "base/builtin").glob("*/pretrain")
     texts = list(rowgroups.iter_texts(rowgroups.list_shards(built)))
-    rowgroups.write_shards(texts, folder / "text", docs_per_group=16, docs_per_shard=len(texts) // 2)
+    rowgroups.write_shards(texts, folder / "text", docs_per_group=16, docs_per_shard=(len(texts) + 1) // 2)
     flags = ("--data-dir", str(folder / "text"))
     finish(start(folder, "scripts.tok_train", *flags))
     return folder / "base", (*FLAGS, *flags)
