@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a depth-32 model on 8 H100 GPUs (about forty hours), evaluate it and chat with it.
+# Train a depth-32 model on 8 H100 GPUs, evaluate it and chat with it.
 #
 #   bash run1000.sh                 needs 8 GPUs of 80 GB; WANDB_RUN names the wandb run
 #   bash run1000.sh --dry-run       print the plan (stages, shapes, tokens, memory, FLOPs) on any machine

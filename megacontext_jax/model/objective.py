@@ -35,7 +35,7 @@ class Objective:
             attention=self.attention.fn,
             dtype=self.dtype,
             remat=self.remat,
-            unroll=jax.default_backend() == "cpu",  # faster there by a tenth, slower to compile
+            unroll=jax.default_backend() == "cpu",  # faster steps, slower to compile
             place=lambda x_BTC: self._place(x_BTC, meshes.BATCH, None, None),
         )
 
