@@ -34,12 +34,15 @@ def measure_jax() -> dict:
     from megacontext_jax.model.arch import GPTConfig
     from megacontext_jax.model.objective import make_objective
     from megacontext_jax.train.optim import make_optimizer
+    from megacontext_jax.train.recipes import RECIPES
+    from megacontext_jax.train.schedule import schedules
     from megacontext_jax.train.step import init_state, make_train_step
 
     cfg = GPTConfig(arch="classic", **SHAPE)
     objective = make_objective(cfg, attention_impl="auto", dtype="float32")
     mesh = meshes.make_mesh()
-    optimizer = make_optimizer(StageConfig(), n_embd=cfg.n_embd, num_iterations=1000)
+    opts = StageConfig()
+    optimizer = make_optimizer(opts, cfg, schedules(opts, RECIPES[opts.optimizer], 1000, first_stage=True))
     state = init_state(mesh, objective.init, optimizer, jax.random.key(0))
     shardings = meshes.state_shardings(mesh, state)
     step = make_train_step(objective.loss, optimizer, shardings, mesh, seed=0)

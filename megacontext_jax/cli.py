@@ -6,13 +6,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 
+from megacontext_jax.checkpoints.runs import saved_arch
 from megacontext_jax.config import (
     CONFIG_DIR,
+    SOURCE_STAGES,
     STAGES,
     Config,
     apply_flags,
     flag_names,
     is_switch,
+    load_arch,
     load_yaml,
 )
 from megacontext_jax.errors import UserError
@@ -52,7 +55,8 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
     """Flags to a configuration.
 
     `stage` is the section that unqualified stage flags address; `show` are the sections `--help` explains
-    in full. `--config NAME` (default: the recipe of the hardware profile) is read before the other flags.
+    in full. `--config NAME` (default: the recipe of the hardware profile) is read before the other flags, and
+    before it how the architecture is trained: that of `--arch`, of the run a stage starts from, or of the recipe.
     """
     wants_help = "-h" in argv or "--help" in argv
     flags = _tokens([word for word in argv if word not in ("-h", "--help")])
@@ -64,7 +68,11 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
         if (name, None) in flags:
             raise UserError(f"--{'gpu' if name == 'profile' else name} needs {words}.")
     source = last("config") or recipe_config(last("recipe") or "run10", last("profile"))
-    config = load_yaml(Config(), source)
+    tier = load_yaml(Config(), source).model
+    arch = last("arch") or tier.arch
+    if stage in SOURCE_STAGES and not last("arch"):  # a model that exists is trained as its architecture is
+        arch = saved_arch(SOURCE_STAGES[stage], last("tag") or f"d{last('depth') or tier.depth}") or arch
+    config = load_yaml(load_arch(Config(), arch), source)
     if wants_help:
         print(_help(doc, config, source, stage, show))
         raise SystemExit(0)

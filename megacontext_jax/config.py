@@ -1,7 +1,7 @@
 """One configuration: a tree of dataclasses, filled from YAML and the command line.
 
-Precedence: the defaults below (nanochat's classic recipe), then `configs/<recipe>.yaml`, then flags. Every
-script takes every flag, so a recipe hands its arguments to all stages; a name nobody knows is an error. In a
+Precedence: the defaults below (nanochat's classic recipe), `configs/archs/<arch>.yaml` (how an architecture is
+trained), `configs/<recipe>.yaml` (how much and on what), flags. Every script takes every flag, so a recipe hands its arguments to all stages; a name nobody knows is an error. In a
 training script `--num-iterations` means that stage's; `--base.num-iterations` names one stage from anywhere.
 Dashes and underscores are the same.
 """
@@ -79,12 +79,18 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    arch: str = option("classic", "architecture constants: classic (nanochat) or pocket (CPU)")
+    arch: str = option(
+        "classic", "generation of nanochat: classic, era2, era3, era3b, era4 or latest; or pocket (CPU)"
+    )
     depth: int = option(20, "layers; width, heads, batch and horizon follow")
     aspect_ratio: int = option(64, "width = depth * aspect_ratio")
     head_dim: int = option(128, "channels per head")
     n_kv_head: int = option(0, "key/value heads; 0 = as many as heads")
     max_seq_len: int = option(2048, "tokens per row")
+    window_pattern: str = option(
+        "", "S (short window) and L (long) over the layers; empty = the architecture's"
+    )
+    softcap: float = option(0.0, "cap of the logits; 0 = the architecture's")
 
 
 @dataclass(frozen=True)
@@ -96,18 +102,25 @@ class StageConfig:
     target_param_data_ratio: float = option(20.0, "steps from tokens per parameter")
     num_epochs: int = option(1, "passes over the conversations (mid, sft)")
     device_batch_size: int = option(32, "rows per device and micro-batch", free=True)
-    total_batch_size: int = option(524_288, "tokens per step over all devices")
-    optimizer: str = option("muon", "muon (matrices) with AdamW, or AdamW for all", choices=("muon", "adamw"))
+    total_batch_size: int = option(524_288, "tokens per step over all devices; -1 = from the horizon")
+    optimizer: str = option(
+        "muon",
+        "muon (matrices) with AdamW, adamw for all, or as in a generation of nanochat",
+        choices=("muon", "adamw", "era2", "era3", "era3b", "era4", "latest"),
+    )
     matrix_lr: float = option(0.02, "learning rate of the matrices")
     embedding_lr: float = option(0.2, "learning rate of the embedding")
     unembedding_lr: float = option(0.004, "learning rate of the head")
     scalar_lr: float = option(0.2, "learning rate of gates and scalars, where the architecture has them")
     init_lr_frac: float = option(1.0, "factor on every learning rate")
-    weight_decay: float = option(0.0, "decoupled weight decay of the AdamW groups")
+    weight_decay: float = option(
+        0.0, "of the AdamW groups (muon, adamw); of Muon's matrices (era2 and later)"
+    )
     adam_beta1: float = option(0.8, "AdamW")
     adam_beta2: float = option(0.95, "AdamW")
     grad_clip: float = option(1.0, "global norm; 0 = off")
     warmup_ratio: float = option(0.0, "share of the steps")
+    warmup_steps: int = option(0, "steps; takes the place of the share")
     warmdown_ratio: float = option(0.2, "share of the steps")
     final_lr_frac: float = option(0.0, "learning rate at the end, as a share")
     chat_packing: str = option(
@@ -127,7 +140,7 @@ class StageConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    source: str = option("sft", "which stage's model", free=True, choices=("base", "mid", "sft"))
+    source: str = option("sft", "which stage's model", free=True, choices=("base", "mid", "sft", "rl"))
     step: int = option(-1, "checkpoint step; -1 = latest", free=True)
     tasks: str = option("", "task names separated by |; empty = all", free=True)
     eval_seed: int = option(1234, "seed of the held-out questions", free=True)
@@ -175,6 +188,7 @@ class Config:
 
 
 STAGES = ("base", "mid", "sft")
+SOURCE_STAGES = {"mid": ("base",), "sft": ("mid", "base")}  # what a stage starts from, the first that exists
 
 
 def fixed_options(section) -> dict:
@@ -208,6 +222,12 @@ def load_yaml(config: Config, source: str) -> Config:
         for key, value in values.items():
             config = _set(config, section_name, str(key), value, where=f"{path}: {section_name}.{key}")
     return config
+
+
+def load_arch(config: Config, arch: str) -> Config:
+    """Overlay how an architecture is trained; classic is what the defaults are."""
+    path = CONFIG_DIR / "archs" / f"{arch}.yaml"
+    return load_yaml(config, str(path)) if path.exists() else config
 
 
 def apply_flags(config: Config, flags: list[tuple[str, str | None]], stage: str | None) -> Config:

@@ -7,10 +7,11 @@ there. No JAX here.
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -56,6 +57,19 @@ def find_run(stage: str, tag: str | None = None) -> Path:
         if tag is None and runs:
             return runs[max(runs, key=lambda t: (_depth(t), _saved_at(runs[t])))]
     return _refuse(stage, tag, places)
+
+
+def saved_arch(stages: Iterable[str], tag: str) -> str | None:
+    """The architecture of the first of these runs that exists, None if none does; read without any check."""
+    for stage in stages:
+        for place in (paths.artifacts_dir(), paths.base_dir()):
+            folder = place / f"{_PREFIX}{stage}_{tag}"
+            step = latest_step(folder)
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                if step is not None:
+                    meta = json.loads((step_folder(folder, step) / "meta" / "meta.json").read_text())
+                    return str(meta["model_config"]["arch"])
+    return None
 
 
 def steps(folder: Path) -> list[int]:

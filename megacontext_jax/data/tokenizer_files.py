@@ -1,13 +1,12 @@
 """A tokenizer's files: our readable `tokenizer.json` and nanochat's `tokenizer.pkl`.
 
-A `Vocabulary` is the whole content of either. Reading the pickle runs nothing: its only permitted class is
-a stub that keeps the state dictionary.
+A `Vocabulary` is the whole content of either. Reading the pickle runs nothing (`safe_pickle`): the one class it
+may name is replaced by its state dictionary.
 """
 
 import base64
 import binascii
 import hashlib
-import io
 import json
 import pickle
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 import tiktoken
 
+from megacontext_jax import safe_pickle
 from megacontext_jax.errors import UserError
 
 JSON_NAME = "tokenizer.json"
@@ -33,6 +33,7 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
+_ENCODING = "tiktoken.core.Encoding"
 _FORMAT = "megacontext-tokenizer"
 _VERSION = 1
 
@@ -138,16 +139,17 @@ def from_json(path: Path) -> Vocabulary:
 def from_pickle(path: Path) -> Vocabulary:
     """Reads nanochat's `tokenizer.pkl` without executing anything in it. Raises UserError when it cannot."""
     try:
-        loaded = _EncodingUnpickler(io.BytesIO(_read(path))).load()
-        if not isinstance(loaded, _EncodingStub):
+        loaded = safe_pickle.loads(
+            _read(path), permitted={_ENCODING: lambda: safe_pickle.Instance(_ENCODING)}
+        )
+        if not isinstance(loaded, safe_pickle.Instance):
             raise ValueError(f"it holds a {type(loaded).__name__}, not a tiktoken Encoding")
         vocabulary = _from_state(loaded.state)
         vocabulary.encoding()  # refuses a split pattern that does not compile
         return vocabulary
     except UserError:
         raise
-    # A damaged pickle fails in a dozen ways (opcodes, memo, stack, unicode, memory): all mean the same.
-    except Exception as error:
+    except Exception as error:  # the regex engine's own errors included
         raise UserError(
             f"{path} is damaged or not a nanochat tokenizer ({error}); restore it, or move its folder aside "
             f"and train again with scripts.tok_train."
@@ -176,22 +178,6 @@ def read_folder(folder: Path) -> Vocabulary | None:
 
 def describe(vocabulary: Vocabulary) -> str:
     return f"vocabulary {vocabulary.size}, digest {vocabulary.digest[:12]}"
-
-
-class _EncodingStub:
-    """Stands in for `tiktoken.core.Encoding` while unpickling."""
-
-    state: Any = None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _EncodingUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) == ("tiktoken.core", "Encoding"):
-            return _EncodingStub
-        raise ValueError(f"it asks for {module}.{name}, which a tokenizer file has no use for")
 
 
 def _from_state(state: Any) -> Vocabulary:

@@ -84,4 +84,5 @@ def gpt_model(
 
 @partial(jax.jit, static_argnums=1)
 def _prepare(params, dtype: np.dtype):
-    return decode.unstack_layers(jax.tree.map(lambda w: w.astype(dtype), params))
+    # scales of single numbers stay float32, as in training
+    return decode.unstack_layers(jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, params))

@@ -5,9 +5,26 @@ nanochat hard-codes its constants and has changed them over time; checkpoints do
 both. A new generation is a new row, not a new branch.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 
 from megacontext_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a new model of an architecture starts. "Usual" is N(0, min(1, sqrt(out / in)) / sqrt(in))."""
+
+    wte_std: float = 1.0
+    uniform: bool = True  # matrices U(-s, s) with s = sqrt(3 / width); else the usual normal
+    head_std: float | None = 0.001  # None: usual times `proj`
+    proj: float = 0.0  # output projections: usual times this
+    fc: float = 1.0  # factor on s for the MLP's first matrix
+    resid: tuple[float, float] = (1.0, 1.0)  # residual scales, from the first layer to the last
+    x0: tuple[float, float] = (0.0, 0.0)  # embedding scales, likewise
+    gate: float = 0.0  # gates are U(0, this)
+    smear: float = 0.0
+    backout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -15,28 +32,80 @@ class Arch:
     """Constants of one architecture generation."""
 
     name: str
+    init: Init
     rope_base: float
     rope_bf16: bool  # cos/sin tables rounded to bfloat16, also in float32 runs
     softcap: float  # logits = softcap * tanh(z / softcap)
     qk_scale: float  # factor on q and on k after their norm; attention logits grow by its square
-    proj_init: float  # output projections and head start at this fraction of the usual scale
-    smear: float | None  # initial weight of the previous token's embedding; None: no smear
+    lambdas: bool = False  # learned scales of the residual stream and of the embedding, at every layer
+    ve_channels: int = 0  # channels read by the gates of the value embeddings; 0: no value embeddings
+    ve_scale: float = 0.0  # gates lie between 0 and this
+    smear: bool = False  # each token carries a gated share of the embedding before it
+    backout: bool = False  # the stream at half depth is partly subtracted at the end
+    window_pattern: str = "L"  # of new models, tiled over the layers; the last layer is always long
+    short_divisor: int = 2  # the short window is the sequence length over this,
+    short_tile: int = 0  # rounded up to this (0: rounded down to a whole number)
+    round_width: bool = False  # width rounded up to whole heads of the size asked for
 
 
 SMEAR_CHANNELS = 24  # of the embedding, read by the smear gate
+VOCAB_TILE = 64  # embedding and head are padded to a multiple of this
 
-ARCHS = {
-    arch.name: arch
-    for arch in (
-        # nanochat, October 2025 to January 2026. Source: karpathy/nanochat at adb5d4a.
-        Arch("classic", 1e4, True, 15.0, 1.0, 0.0, None),
-        # For models small enough to train on a CPU in minutes: attention 2.4x sharper (with QK norm and few channels
-        # per head the softmax cannot become selective otherwise), a short rotary base, output projections that do
-        # not start at zero, and smear as in nanochat since March 2026: each token carries a gated share of the one
-        # before it, which is half of an induction head. PyTorch nanochat cannot express this row.
-        Arch("pocket", 1e3, False, 15.0, 1.55, 0.3, 2.0),
-    )
-}
+# nanochat's generations, each by what changed; in brackets the commit of karpathy/nanochat it was read from.
+# October 2025 to 11 January 2026 (adb5d4a).
+_CLASSIC = Arch(
+    "classic",
+    Init(uniform=False, head_std=None),
+    rope_base=1e4,
+    rope_bf16=True,
+    softcap=15.0,
+    qk_scale=1.0,
+)
+# 11 to 16 January 2026 (b33e394): scales per layer, sliding windows.
+_ERA2 = replace(_CLASSIC, name="era2", init=Init(), lambdas=True, window_pattern="SSSL", round_width=True)
+# 18 January to 2 March 2026 (2c062aa): value embeddings.
+_ERA3 = replace(_ERA2, name="era3", init=Init(x0=(0.1, 0.1)), ve_channels=32, ve_scale=2.0, round_width=True)
+# 2 to 9 March 2026 (324e69c): another soft cap; nothing in a file tells it from era3.
+_ERA3B = replace(_ERA3, name="era3b", softcap=20.0)
+# 9 to 14 March 2026 (6ed7d1d): a longer rotary base, sharper attention, narrower gates, windows in tiles.
+_ERA4 = replace(
+    _ERA3,
+    name="era4",
+    init=Init(wte_std=0.8, fc=0.5, x0=(0.1, 0.1), gate=0.02),
+    rope_base=1e5,
+    rope_bf16=False,
+    qk_scale=1.15,
+    ve_channels=12,
+    ve_scale=3.0,
+    short_divisor=3,
+    short_tile=128,
+)
+# Since 14 March 2026 (a825e63; 92d63d4 of July 2026): smear and backout.
+_LATEST = replace(
+    _ERA4,
+    name="latest",
+    init=Init(wte_std=0.8, fc=0.4, resid=(1.15, 1.05), x0=(0.20, 0.05), gate=0.02, backout=0.2),
+    qk_scale=1.2,
+    smear=True,
+    backout=True,
+    short_divisor=4,
+)
+# For models small enough to train on a CPU in minutes: attention 2.4x sharper (with QK norm and few channels
+# per head the softmax cannot become selective otherwise), a short rotary base, output projections that do
+# not start at zero, and smear: each token carries a gated share of the one before it, which is half of an
+# induction head. PyTorch nanochat cannot express this row.
+_POCKET = Arch(
+    "pocket",
+    Init(uniform=False, head_std=None, proj=0.3, smear=2.0),
+    rope_base=1e3,
+    rope_bf16=False,
+    softcap=15.0,
+    qk_scale=1.55,
+    smear=True,
+)
+
+NANOCHAT = (_CLASSIC, _ERA2, _ERA3, _ERA3B, _ERA4, _LATEST)  # what PyTorch nanochat can express
+ARCHS = {arch.name: arch for arch in (*NANOCHAT, _POCKET)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +119,8 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
+    window_pattern: str = "L"  # S (short) and L (all) tiled over the layers
+    softcap: float = 0.0  # 0: the architecture's
 
     def __post_init__(self):
         if self.arch not in ARCHS:
@@ -61,6 +132,12 @@ class GPTConfig:
             )
         if self.n_head % self.n_kv_head:
             raise UserError(f"{self.n_head} heads cannot share {self.n_kv_head} key/value heads evenly.")
+        if not self.window_pattern or set(self.window_pattern.upper()) - set("SL"):
+            raise UserError(
+                f"--window-pattern {self.window_pattern!r} must be made of S (short window) and L (long), e.g. SSSL."
+            )
+        if self.softcap < 0:
+            raise UserError(f"--softcap {self.softcap} must be positive (0 takes the architecture's).")
 
     @property
     def constants(self) -> Arch:
@@ -71,16 +148,54 @@ class GPTConfig:
         return self.n_embd // self.n_head
 
     @property
+    def logit_cap(self) -> float:
+        return self.softcap or self.constants.softcap
+
+    @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and the head: the vocabulary rounded up to a multiple of 64."""
-        return -(-self.vocab_size // 64) * 64
+        """Rows of the embeddings and the head: the vocabulary rounded up to a multiple of 64."""
+        return _round_up(self.vocab_size, VOCAB_TILE)
+
+    def windows(self) -> tuple[int, ...]:
+        """Per layer, how many tokens back a query sees besides itself; `sequence_len` where that is all."""
+        divisor, tile = self.constants.short_divisor, self.constants.short_tile
+        S, pattern = self.sequence_len, self.window_pattern.upper()
+        short = _round_up(-(-S // divisor), tile) if tile else S // divisor
+        last = self.n_layer - 1
+        return tuple(
+            short if pattern[i % len(pattern)] == "S" and i != last else S for i in range(self.n_layer)
+        )
+
+    def value_embed_layers(self) -> tuple[int, ...]:
+        """The layers with value embeddings: every second one, the last included."""
+        if not self.constants.ve_channels:
+            return ()
+        return tuple(range((self.n_layer - 1) % 2, self.n_layer, 2))
+
+    def layer_period(self) -> tuple[int, int]:
+        """(p, n): layers repeat their window and their value embeddings with period p, n whole times.
+
+        What follows the n * p first layers (the last layer may break the pattern) stands by itself.
+        """
+        ve = self.value_embed_layers()
+        kinds = [(window, i in ve) for i, window in enumerate(self.windows())]
+        longest = math.lcm(len(self.window_pattern), 2 if ve else 1)
+        period = next(
+            p
+            for p in range(1, longest + 1)
+            if p == longest or all(k == kinds[i % p] for i, k in enumerate(kinds[:-1]))
+        )
+        period = min(period, self.n_layer)
+        repeats = 0
+        while kinds[repeats * period : (repeats + 1) * period] == kinds[:period]:
+            repeats += 1
+        return period, repeats
 
     def param_shapes(self) -> dict:
         """Shapes of the params pytree; layer weights are stacked on axis 0, matrices are (out, in)."""
-        L, C, V = self.n_layer, self.n_embd, self.padded_vocab_size
-        kv = self.n_kv_head * self.head_dim
-        smear = {"smear_gate": (1, min(SMEAR_CHANNELS, C)), "smear_lambda": (1,)}
-        return {
+        L, C, V, arch = self.n_layer, self.n_embd, self.padded_vocab_size, self.constants
+        kv, ve = self.n_kv_head * self.head_dim, len(self.value_embed_layers())
+        shapes = {
             "wte": (V, C),
             "lm_head": (V, C),
             "h": {
@@ -91,44 +206,76 @@ class GPTConfig:
                 "c_fc": (L, 4 * C, C),
                 "mlp_proj": (L, C, 4 * C),
             },
-            **(smear if self.constants.smear is not None else {}),
         }
+        if arch.lambdas:
+            shapes |= {"resid_lambdas": (L,), "x0_lambdas": (L,)}
+        if ve:
+            shapes |= {"value_embeds": (ve, V, kv), "ve_gate": (ve, self.n_kv_head, min(arch.ve_channels, C))}
+        if arch.smear:
+            shapes |= {"smear_gate": (1, min(SMEAR_CHANNELS, C)), "smear_lambda": (1,)}
+        if arch.backout:
+            shapes |= {"backout_lambda": (1,)}
+        return shapes
 
     def num_params(self) -> dict[str, int]:
-        """Parameter counts by group, with their total."""
-        shapes = self.param_shapes()
+        """Parameter counts by group, with their total (nanochat's groups: gates of values count as matrices)."""
+        sizes = {name: math.prod(shape) for name, shape in self.param_shapes().items() if name != "h"}
+        matrices = sum(math.prod(shape) for shape in self.param_shapes()["h"].values())
         counts = {
-            "wte": _size(shapes["wte"]),
-            "lm_head": _size(shapes["lm_head"]),
-            "transformer": sum(_size(shape) for shape in shapes["h"].values()),
-            "scalars": sum(_size(shape) for name, shape in shapes.items() if name.startswith("smear")),
+            "wte": sizes.pop("wte"),
+            "value_embeds": sizes.pop("value_embeds", 0),
+            "lm_head": sizes.pop("lm_head"),
+            "transformer": matrices + sizes.pop("ve_gate", 0),
+            "scalars": sum(sizes.values()),
         }
         return counts | {"total": sum(counts.values())}
 
     def flops_per_token(self) -> int:
         """Training FLOPs per token: 6 per weight that multiplies, 12 per attention entry (nanochat)."""
         n = self.num_params()
-        attention = 12 * self.n_layer * self.n_embd * self.sequence_len
-        return 6 * (n["transformer"] + n["lm_head"]) + attention
+        gate = math.prod(self.param_shapes().get("smear_gate", (0,)))
+        attention = sum(12 * self.n_embd * min(window, self.sequence_len) for window in self.windows())
+        return 6 * (n["transformer"] + n["lm_head"] + gate) + attention
 
     def to_dict(self) -> dict:
         return asdict(self)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
+def _round_up(n: int, tile: int) -> int:
+    return -(-n // tile) * tile
 
 
 def config_for_depth(
-    depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, n_kv_head: int = 0, **fields
+    depth: int,
+    *,
+    arch: str = "classic",
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    n_kv_head: int = 0,
+    window_pattern: str = "",
+    **fields,
 ) -> GPTConfig:
-    """nanochat's one dial: width = depth * aspect_ratio, heads of `head_dim` (at least one)."""
+    """nanochat's one dial: width = depth * aspect_ratio, heads of `head_dim` (at least one).
+
+    Without a window pattern the architecture's own is taken.
+    """
     if depth < 1:
         raise UserError(f"--depth {depth} is not a model; use 1 or more.")
+    if arch not in ARCHS:
+        raise UserError(f"Unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}.")
     width = depth * aspect_ratio
     heads = max(1, -(-width // head_dim))
-    width = -(-width // heads) * heads
-    return GPTConfig(n_layer=depth, n_embd=width, n_head=heads, n_kv_head=n_kv_head or heads, **fields)
+    if ARCHS[arch].round_width:
+        width = heads * head_dim
+    elif width % heads:  # the divisor of the width nearest to the wanted number, the larger of two
+        ideal = max(1, round(width / head_dim))
+        heads = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - ideal), -h))
+    return GPTConfig(
+        arch=arch,
+        n_layer=depth,
+        n_embd=width,
+        n_head=heads,
+        n_kv_head=n_kv_head or heads,
+        window_pattern=window_pattern or ARCHS[arch].window_pattern,
+        **fields,
+    )

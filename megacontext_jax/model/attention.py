@@ -1,5 +1,7 @@
 """Causal attention over whole sequences: a readable reference, a blocked CPU path, cuDNN on GPUs.
 
+Every implementation takes `window`: a query sees itself and that many tokens before it (None: all of them).
+
 `select_attention` decides once, outside `jit`, and says why; nothing falls back silently.
 """
 
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 
 from megacontext_jax.errors import UserError
 
-AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFn = Callable[..., jax.Array]  # (q_BTHD, k_BTKD, v_BTKD, *, window)
 NEG = -1e30  # a finite minus infinity: fully masked rows stay finite
 
 
@@ -22,21 +24,31 @@ class Choice(NamedTuple):
     fn: AttentionFn
     why: str
 
+    @property
+    def windowed(self) -> bool:
+        """Whether a window saves work; otherwise it is only a mask over the full product."""
+        return self.name in ("blocked", "cudnn")
 
-def reference_attention(q_BTHD, k_BTKD, v_BTKD):
+
+def _visible(q_pos, k_pos, window: int | None):
+    back = q_pos[:, None] - k_pos[None, :]
+    return (back >= 0) if window is None else (back >= 0) & (back <= window)
+
+
+def reference_attention(q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None):
     """Softmax attention, causal, scores in full. K divides H: query head h reads key head h // (H / K)."""
     H, K, D = q_BTHD.shape[2], k_BTKD.shape[2], q_BTHD.shape[3]
     T = q_BTHD.shape[1]
     k_BTHD, v_BTHD = (jnp.repeat(x, H // K, axis=2) for x in (k_BTKD, v_BTKD))
     s_BHTS = jnp.einsum("bthd,bshd->bhts", q_BTHD, k_BTHD, preferred_element_type=jnp.float32)
     s_BHTS = s_BHTS / math.sqrt(D)
-    causal_TS = jnp.tril(jnp.ones((T, T), bool))
-    p_BHTS = jax.nn.softmax(jnp.where(causal_TS, s_BHTS, NEG), axis=-1)
+    visible_TS = _visible(jnp.arange(T), jnp.arange(T), window)
+    p_BHTS = jax.nn.softmax(jnp.where(visible_TS, s_BHTS, NEG), axis=-1)
     return jnp.einsum("bhts,bshd->bthd", p_BHTS.astype(v_BTHD.dtype), v_BTHD)
 
 
-def blocked_attention(q_BTHD, k_BTKD, v_BTKD, *, block: int = 64):
-    """The same function, one block of queries at a time against its causal prefix of keys.
+def blocked_attention(q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None, block: int = 64):
+    """The same function, one block of queries at a time against the keys that it can see.
 
     Half the products of the reference, no [T, T] buffer that outlives its block, and a backward pass that
     recomputes the probabilities from the saved log-sum-exp. Made for CPUs, where XLA otherwise spends its
@@ -45,62 +57,63 @@ def blocked_attention(q_BTHD, k_BTKD, v_BTKD, *, block: int = 64):
     H, K = q_BTHD.shape[2], k_BTKD.shape[2]
     k_BTHD, v_BTHD = (jnp.repeat(x, H // K, axis=2) if H != K else x for x in (k_BTKD, v_BTKD))
     q_BHTD, k_BHTD, v_BHTD = (x.transpose(0, 2, 1, 3) for x in (q_BTHD, k_BTHD, v_BTHD))
-    return _blocked(q_BHTD, k_BHTD, v_BHTD, block).transpose(0, 2, 1, 3)
+    return _blocked(q_BHTD, k_BHTD, v_BHTD, block, window).transpose(0, 2, 1, 3)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blocked(q_BHTD, k_BHTD, v_BHTD, block):
-    return _blocked_fwd(q_BHTD, k_BHTD, v_BHTD, block)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _blocked(q_BHTD, k_BHTD, v_BHTD, block, window):
+    return _blocked_fwd(q_BHTD, k_BHTD, v_BHTD, block, window)[0]
 
 
-def _blocks(T: int, block: int):
-    return [(start, min(start + block, T)) for start in range(0, T, block)]
+def _blocks(T: int, block: int, window: int | None):
+    """(first key, first query, end) of each block: its queries see keys first key..end."""
+    starts = range(0, T, block)
+    return [(0 if window is None else max(0, s - window), s, min(s + block, T)) for s in starts]
 
 
-def _scores(q_BHbD, k_BHsD, start: int, end: int):
-    """Scores of queries start..end against keys 0..end, masked on the diagonal block only."""
+def _scores(q_BHbD, k_BHsD, first: int, start: int, end: int, window: int | None):
+    """Masked scores of queries start..end against keys first..end."""
     s_BHbs = jnp.einsum("bhtd,bhsd->bhts", q_BHbD, k_BHsD, preferred_element_type=jnp.float32)
     s_BHbs = s_BHbs / math.sqrt(q_BHbD.shape[-1])
-    visible = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
-    return jnp.where(visible, s_BHbs, NEG)
+    return jnp.where(_visible(jnp.arange(start, end), jnp.arange(first, end), window), s_BHbs, NEG)
 
 
-def _blocked_fwd(q_BHTD, k_BHTD, v_BHTD, block):
+def _blocked_fwd(q_BHTD, k_BHTD, v_BHTD, block, window):
     outs, lses = [], []
-    for start, end in _blocks(q_BHTD.shape[2], block):
-        s_BHbs = _scores(q_BHTD[:, :, start:end], k_BHTD[:, :, :end], start, end)
+    for first, start, end in _blocks(q_BHTD.shape[2], block, window):
+        s_BHbs = _scores(q_BHTD[:, :, start:end], k_BHTD[:, :, first:end], first, start, end, window)
         max_BHb1 = s_BHbs.max(-1, keepdims=True)
         e_BHbs = jnp.exp(s_BHbs - max_BHb1)
         sum_BHb1 = e_BHbs.sum(-1, keepdims=True)
-        o_BHbD = jnp.einsum("bhts,bhsd->bhtd", e_BHbs.astype(v_BHTD.dtype), v_BHTD[:, :, :end])
+        o_BHbD = jnp.einsum("bhts,bhsd->bhtd", e_BHbs.astype(v_BHTD.dtype), v_BHTD[:, :, first:end])
         outs.append((o_BHbD / sum_BHb1).astype(v_BHTD.dtype))
         lses.append(max_BHb1 + jnp.log(sum_BHb1))
     o_BHTD = jnp.concatenate(outs, axis=2)
     return o_BHTD, (q_BHTD, k_BHTD, v_BHTD, o_BHTD, jnp.concatenate(lses, axis=2))
 
 
-def _blocked_bwd(block, saved, do_BHTD):
+def _blocked_bwd(block, window, saved, do_BHTD):
     q_BHTD, k_BHTD, v_BHTD, o_BHTD, lse_BHT1 = saved
     T, scale = q_BHTD.shape[2], 1.0 / math.sqrt(q_BHTD.shape[-1])
     delta_BHT1 = (do_BHTD.astype(jnp.float32) * o_BHTD.astype(jnp.float32)).sum(-1, keepdims=True)
     dqs = []
     dk_BHTD = jnp.zeros(k_BHTD.shape, jnp.float32)
     dv_BHTD = jnp.zeros(v_BHTD.shape, jnp.float32)
-    for start, end in _blocks(T, block):
+    for first, start, end in _blocks(T, block, window):
         q_BHbD, do_BHbD = q_BHTD[:, :, start:end], do_BHTD[:, :, start:end]
-        s_BHbs = _scores(q_BHbD, k_BHTD[:, :, :end], start, end)
+        s_BHbs = _scores(q_BHbD, k_BHTD[:, :, first:end], first, start, end, window)
         p_BHbs = jnp.exp(s_BHbs - lse_BHT1[:, :, start:end])
         dp_BHbs = jnp.einsum(
-            "bhtd,bhsd->bhts", do_BHbD, v_BHTD[:, :, :end], preferred_element_type=jnp.float32
+            "bhtd,bhsd->bhts", do_BHbD, v_BHTD[:, :, first:end], preferred_element_type=jnp.float32
         )
         ds_BHbs = (p_BHbs * (dp_BHbs - delta_BHT1[:, :, start:end]) * scale).astype(q_BHTD.dtype)
-        dqs.append(jnp.einsum("bhts,bhsd->bhtd", ds_BHbs, k_BHTD[:, :, :end]))
+        dqs.append(jnp.einsum("bhts,bhsd->bhtd", ds_BHbs, k_BHTD[:, :, first:end]))
         dk_BHsD = jnp.einsum("bhts,bhtd->bhsd", ds_BHbs, q_BHbD, preferred_element_type=jnp.float32)
         dv_BHsD = jnp.einsum(
             "bhts,bhtd->bhsd", p_BHbs.astype(do_BHTD.dtype), do_BHbD, preferred_element_type=jnp.float32
         )
-        dk_BHTD = dk_BHTD.at[:, :, :end].add(dk_BHsD)
-        dv_BHTD = dv_BHTD.at[:, :, :end].add(dv_BHsD)
+        dk_BHTD = dk_BHTD.at[:, :, first:end].add(dk_BHsD)
+        dv_BHTD = dv_BHTD.at[:, :, first:end].add(dv_BHsD)
     dq_BHTD = jnp.concatenate(dqs, axis=2)
     return dq_BHTD, dk_BHTD.astype(k_BHTD.dtype), dv_BHTD.astype(v_BHTD.dtype)
 
@@ -108,12 +121,19 @@ def _blocked_bwd(block, saved, do_BHTD):
 _blocked.defvjp(_blocked_fwd, _blocked_bwd)
 
 
-def cudnn_attention(q_BTHD, k_BTKD, v_BTKD):
-    return jax.nn.dot_product_attention(q_BTHD, k_BTKD, v_BTKD, is_causal=True, implementation="cudnn")
+def cudnn_attention(q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None):
+    return _library_attention(q_BTHD, k_BTKD, v_BTKD, window, "cudnn")
 
 
-def xla_attention(q_BTHD, k_BTKD, v_BTKD):
-    return jax.nn.dot_product_attention(q_BTHD, k_BTKD, v_BTKD, is_causal=True, implementation="xla")
+def xla_attention(q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None):
+    return _library_attention(q_BTHD, k_BTKD, v_BTKD, window, "xla")
+
+
+def _library_attention(q_BTHD, k_BTKD, v_BTKD, window, implementation):
+    local = None if window is None else (window, 0)
+    return jax.nn.dot_product_attention(
+        q_BTHD, k_BTKD, v_BTKD, is_causal=True, local_window_size=local, implementation=implementation
+    )
 
 
 IMPLEMENTATIONS = {

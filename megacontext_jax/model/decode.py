@@ -12,7 +12,17 @@ import jax.numpy as jnp
 
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import NEG, AttentionFn, reference_attention
-from megacontext_jax.model.gpt import close_block, embed, qkv, rms_norm, rope_table, shift_right, smear
+from megacontext_jax.model.gpt import (
+    close_block,
+    embed,
+    enter_block,
+    layer_params,
+    leave_trunk,
+    qkv,
+    rope_table,
+    shift_right,
+    smear,
+)
 from megacontext_jax.model.loss import capped_logits
 
 
@@ -29,13 +39,19 @@ def unstack_layers(params: dict) -> dict:
     """The weights as decoding reads them: one dict per layer, since slicing a stack would copy it, and the
     matrices (in, out), which makes the products of a few rows up to twice as fast on CPUs."""
     n_layer = params["h"]["c_q"].shape[0]
-    layers = tuple({name: w[i].T for name, w in params["h"].items()} for i in range(n_layer))
+    layers = tuple({name: w[i].T for name, w in layer_params(params).items()} for i in range(n_layer))
     return params | {"lm_head": params["lm_head"].T, "h": layers}
 
 
-def _layers(params: dict):
-    """The layers with their matrices (out, in), as views."""
-    return ({name: w.T for name, w in layer.items()} for layer in params["h"])
+def _layers(params: dict, cfg: GPTConfig, ids, dtype):
+    """Per layer: its weights with the matrices (out, in) as views, its window, its value embeddings of `ids`."""
+    values = dict(zip(cfg.value_embed_layers(), range(cfg.n_layer), strict=False))
+    for i, (layer, window) in enumerate(zip(params["h"], cfg.windows(), strict=True)):
+        value = None
+        if i in values:
+            rows = params["value_embeds"][values[i], ids].astype(dtype)
+            value = {"gate": params["ve_gate"][values[i]], "rows": rows}
+        yield i, {name: w.T for name, w in layer.items()}, window, value
 
 
 def _append(cache_BKSD, x_BKD, pos_B):
@@ -75,15 +91,19 @@ def prefill(
     rope = rope_table(cfg, jnp.arange(T), dtype)
     e_BTC = embed(params, ids_BT, dtype)
     x_BTC = smear(params, e_BTC, shift_right(e_BTC))
-    ks, vs = [], []
-    for i, layer in enumerate(_layers(params)):
-        q, k, v = qkv(layer, cfg, x_BTC, rope)
-        x_BTC = close_block(layer, x_BTC, attention(q, k, v))
+    x0_BTC, kept_BTC, ks, vs = x_BTC, None, [], []
+    for i, layer, window, value in _layers(params, cfg, ids_BT, dtype):
+        x_BTC = enter_block(layer, x_BTC, x0_BTC)
+        q, k, v = qkv(layer, cfg, x_BTC, rope, value)
+        x_BTC = close_block(layer, x_BTC, attention(q, k, v, window=window if window < T else None))
+        kept_BTC = x_BTC if i == cfg.n_layer // 2 else kept_BTC
         ks.append(cache.k[i].at[:, :, :T].set(k.transpose(0, 2, 1, 3).astype(cache.k[i].dtype)))
         vs.append(cache.v[i].at[:, :, :T].set(v.transpose(0, 2, 1, 3).astype(cache.v[i].dtype)))
     last_B11 = (length_B - 1)[:, None, None]
-    x_B1C, e_B1C = (jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, e_BTC))
-    return _head(params, cfg, x_B1C), Cache(tuple(ks), tuple(vs), e_B1C, length_B)
+    x_B1C, kept_B1C, e_B1C = (
+        jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, kept_BTC, e_BTC)
+    )
+    return _head(params, cfg, x_B1C, kept_B1C), Cache(tuple(ks), tuple(vs), e_B1C, length_B)
 
 
 def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float32):
@@ -94,24 +114,28 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
     B, S = ids_B.shape[0], cache.k[0].shape[2]
     pos_B = cache.length_B
     rope = rope_table(cfg, pos_B[:, None], dtype)
-    visible_B1S = jnp.arange(S)[None, None, :] <= pos_B[:, None, None]
+    back_BS = pos_B[:, None] - jnp.arange(S)
     e_B1C = embed(params, ids_B[:, None], dtype)
     x_B1C = smear(params, e_B1C, cache.previous_B1C.astype(dtype))
-    ks, vs = [], []
-    for i, layer in enumerate(_layers(params)):
-        q, k, v = qkv(layer, cfg, x_B1C, rope)
+    x0_B1C, kept_B1C, ks, vs = x_B1C, None, [], []
+    for i, layer, window, value in _layers(params, cfg, ids_B[:, None], dtype):
+        x_B1C = enter_block(layer, x_B1C, x0_B1C)
+        q, k, v = qkv(layer, cfg, x_B1C, rope, value)
         k_BKSD = _append(cache.k[i], k[:, 0], pos_B)
         v_BKSD = _append(cache.v[i], v[:, 0], pos_B)
         q_BKGD = q.reshape(B, cfg.n_kv_head, -1, cfg.head_dim)
         s_BKGS = jnp.einsum("bkgd,bksd->bkgs", q_BKGD, k_BKSD, preferred_element_type=jnp.float32)
-        s_BKGS = jnp.where(visible_B1S[:, None], s_BKGS / math.sqrt(cfg.head_dim), NEG)
+        visible_BS = (back_BS >= 0) & (back_BS <= window)
+        s_BKGS = jnp.where(visible_BS[:, None, None], s_BKGS / math.sqrt(cfg.head_dim), NEG)
         p_BKGS = jax.nn.softmax(s_BKGS, axis=-1).astype(v_BKSD.dtype)
         attn = jnp.einsum("bkgs,bksd->bkgd", p_BKGS, v_BKSD).astype(x_B1C.dtype)
         x_B1C = close_block(layer, x_B1C, attn)
+        kept_B1C = x_B1C if i == cfg.n_layer // 2 else kept_B1C
         ks.append(k_BKSD)
         vs.append(v_BKSD)
-    return _head(params, cfg, x_B1C), Cache(tuple(ks), tuple(vs), e_B1C, pos_B + 1)
+    return _head(params, cfg, x_B1C, kept_B1C), Cache(tuple(ks), tuple(vs), e_B1C, pos_B + 1)
 
 
-def _head(params, cfg, x_B1C):
-    return capped_logits(rms_norm(x_B1C), params["lm_head"].T, cfg.constants.softcap, cfg.vocab_size)[:, 0]
+def _head(params, cfg, x_B1C, kept_B1C):
+    x_B1C = leave_trunk(params, x_B1C, kept_B1C)
+    return capped_logits(x_B1C, params["lm_head"].T, cfg.logit_cap, cfg.vocab_size)[:, 0]

@@ -1,13 +1,15 @@
-"""nanochat's GPT: rotary positions, QK norm, relu squared, a norm after the embedding, an untied head.
+"""nanochat's GPT, every generation of it: rotary positions, QK norm, relu squared, a norm after the embedding.
 
 Parameters are a plain pytree (`GPTConfig.param_shapes`); matrices are stored (out, in) as in PyTorch, layers
 are stacked on axis 0. Shape suffixes: B batch, T tokens, C width, H heads, K key/value heads, D head size,
-V vocabulary, S cache slots, L layers. Weights are float32; the dtype of the activations is an argument.
-Source of the architecture: karpathy/nanochat; constants per generation live in `arch.py`.
+V vocabulary, S cache slots, L layers, N layers with value embeddings. Weights are float32; the dtype of the
+activations is an argument. Source of the architecture: karpathy/nanochat; constants per generation live in
+`arch.py`. What a generation does not have is absent from its parameters, and its function is the identity.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +23,36 @@ EPS = float(np.finfo(np.float32).eps)  # also for bfloat16 activations, as in na
 
 
 def init_params(cfg: GPTConfig, key: jax.Array) -> dict:
-    """Random parameters: embedding N(0, 1), linears N(0, min(1, sqrt(out/in)) / sqrt(in)).
-
-    Output projections and head are scaled by the architecture's `proj_init` (0 for classic).
-    """
+    """Random parameters of a new model, by the architecture's `Init`."""
     shapes = cfg.param_shapes()
     leaves, treedef = jax.tree.flatten_with_path(shapes, is_leaf=lambda x: isinstance(x, tuple))
-    params, smear = [], cfg.constants.smear
-    fixed = {
-        "smear_gate": lambda shape: jnp.zeros(shape),
-        "smear_lambda": lambda shape: jnp.full(shape, smear),
-    }
-    for (path, shape), leaf_key in zip(leaves, jax.random.split(key, len(leaves)), strict=True):
-        name = path[-1].key
-        if name in fixed:
-            params.append(fixed[name](shape))
-            continue
-        if name == "wte":
-            std = 1.0
-        else:
-            fan_out, fan_in = shape[-2:]
-            std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
-            if name in ("attn_proj", "mlp_proj", "lm_head"):
-                std *= cfg.constants.proj_init
-        params.append(std * jax.random.normal(leaf_key, shape, jnp.float32))
+    keys = jax.random.split(key, len(leaves))
+    params = [_init(cfg, path[-1].key, shape, k) for (path, shape), k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(treedef, params)
+
+
+def _init(cfg: GPTConfig, name: str, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    init = cfg.constants.init
+    bound = math.sqrt(3 / cfg.n_embd)
+    if name in ("resid_lambdas", "x0_lambdas"):
+        first, last = init.resid if name == "resid_lambdas" else init.x0
+        return jnp.linspace(first, last, shape[0], dtype=jnp.float32)
+    if name in ("smear_lambda", "backout_lambda"):
+        return jnp.full(shape, init.smear if name == "smear_lambda" else init.backout, jnp.float32)
+    if name in ("smear_gate", "ve_gate"):
+        return init.gate * jax.random.uniform(key, shape, jnp.float32)
+    if name == "wte":
+        return init.wte_std * jax.random.normal(key, shape, jnp.float32)
+    if name == "lm_head" and init.head_std is not None:
+        return init.head_std * jax.random.normal(key, shape, jnp.float32)
+    if init.uniform and name in ("c_q", "c_k", "c_v", "c_fc", "value_embeds"):
+        scale = bound * (init.fc if name == "c_fc" else 1.0)
+        return jax.random.uniform(key, shape, jnp.float32, -scale, scale)
+    fan_out, fan_in = shape[-2:]
+    std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+    if name in ("attn_proj", "mlp_proj", "lm_head"):
+        std *= init.proj
+    return std * jax.random.normal(key, shape, jnp.float32)
 
 
 def rms_norm(x):
@@ -96,13 +103,42 @@ def shift_right(x_BTC):
     return jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))[:, :-1]
 
 
-def qkv(layer, cfg: GPTConfig, x_BTC, rope):
-    """Normed and rotated queries and keys, and values, of one layer."""
+def layer_params(params) -> dict:
+    """All that a block reads, with the layers on axis 0."""
+    return params["h"] | {name: params[name] for name in ("resid_lambdas", "x0_lambdas") if name in params}
+
+
+def value_params(params, ids, dtype) -> dict:
+    """Gates and the tokens' rows of the value embeddings, with the layers that have them on axis 0.
+
+    `ids` of any shape; all rows are gathered at once, so that their gradient is one scatter.
+    """
+    if "value_embeds" not in params:
+        return {}
+    return {"gate": params["ve_gate"], "rows": params["value_embeds"][:, ids].astype(dtype)}
+
+
+def enter_block(layer, x_BTC, x0_BTC):
+    """The stream that enters a block: scaled, with a share of the embedding x0."""
+    if "resid_lambdas" not in layer:
+        return x_BTC
+    mixed_BTC = layer["resid_lambdas"] * x_BTC + layer["x0_lambdas"] * x0_BTC
+    return mixed_BTC.astype(x_BTC.dtype)
+
+
+def qkv(layer, cfg: GPTConfig, x_BTC, rope, value=None):
+    """Normed and rotated queries and keys, and values, of one layer.
+
+    `value` is the layer's part of `value_params`: its rows are added to the values by a gate per head.
+    """
     h_BTC = rms_norm(x_BTC)
     q, k, v = (
         linear(h_BTC, layer[name]).reshape(*h_BTC.shape[:-1], heads, cfg.head_dim)
         for name, heads in (("c_q", cfg.n_head), ("c_k", cfg.n_kv_head), ("c_v", cfg.n_kv_head))
     )
+    if value is not None:
+        gate_BTK = jax.nn.sigmoid(linear(h_BTC[..., : value["gate"].shape[-1]], value["gate"]))
+        v = v + (cfg.constants.ve_scale * gate_BTK)[..., None] * value["rows"].reshape(v.shape)
     q, k = (rms_norm(apply_rope(x, rope)) * cfg.constants.qk_scale for x in (q, k))
     return q, k, v
 
@@ -112,6 +148,45 @@ def close_block(layer, x_BTC, attn_BTHD):
     x_BTC = x_BTC + linear(attn_BTHD.reshape(x_BTC.shape), layer["attn_proj"])
     hidden = jnp.square(jax.nn.relu(linear(rms_norm(x_BTC), layer["c_fc"])))
     return x_BTC + linear(hidden, layer["mlp_proj"])
+
+
+def leave_trunk(params, x_BTC, middle_BTC):
+    """The final normed activations; the stream at half depth is partly subtracted where the model has that."""
+    if "backout_lambda" in params:
+        x_BTC = x_BTC - params["backout_lambda"].astype(x_BTC.dtype) * middle_BTC
+    return rms_norm(x_BTC)
+
+
+def fold_layers(cfg: GPTConfig, block, carry, layers, values, unroll: int | bool = 1):
+    """Run `block(kind, index, carry, layer, value)` over all layers; returns the last carry.
+
+    `layers` is a tree with the layers on axis 0, `values` one with the layers that have value embeddings (None is
+    handed to the others). Whole periods of equal layers are scanned: then `index` is traced and the static `kind`
+    is the layer of the first period that looks the same.
+    """
+    period, repeats = cfg.layer_period()
+    ve_layers, done = cfg.value_embed_layers(), period * repeats
+    done_values = sum(i < done for i in ve_layers)
+
+    def fold(kinds, start, carry, layers, values):
+        n = 0
+        for j, kind in enumerate(kinds):
+            value = jax.tree.map(lambda x, n=n: x[n], values) if kind in ve_layers else None
+            n += kind in ve_layers
+            carry = block(kind, start + j, carry, jax.tree.map(lambda x, j=j: x[j], layers), value)
+        return carry
+
+    def group(carry, xs):
+        g, layers, values = xs
+        return fold(range(period), g * period, carry, layers, values), None
+
+    def grouped(tree, count):
+        return jax.tree.map(lambda x: x[:count].reshape(repeats, -1, *x.shape[1:]), tree)
+
+    xs = jnp.arange(repeats), grouped(layers, done), grouped(values, done_values)
+    carry, _ = jax.lax.scan(group, carry, xs, unroll=unroll)
+    rest = (jax.tree.map(lambda x, n=n: x[n:], tree) for tree, n in ((layers, done), (values, done_values)))
+    return fold(range(done, cfg.n_layer), done, carry, *rest)
 
 
 def hidden_states(
@@ -131,24 +206,56 @@ def hidden_states(
     over the layers (True: all of them, faster on CPUs and slower to compile); `place` puts the residual
     stream on a mesh, since weights split over the same devices would otherwise pull it with them.
     """
-    rope = rope_table(cfg, jnp.arange(ids_BT.shape[1]), dtype)
+    T, middle, period = ids_BT.shape[1], cfg.n_layer // 2, cfg.layer_period()[0]
+    rope = rope_table(cfg, jnp.arange(T), dtype)
+    windows = [window if window < T else None for window in cfg.windows()]
 
-    def block(x_BTC, layer):
+    def run(window, x_BTC, x0_BTC, layer, value):
+        x_BTC = enter_block(layer, x_BTC, x0_BTC)
         with jax.named_scope("attention"):
-            attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope))
-        return place(close_block(layer, x_BTC, attn_BTHD)), None
+            attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope, value), window=window)
+        return place(close_block(layer, x_BTC, attn_BTHD))
 
-    if remat == "full":
-        block = jax.checkpoint(block)
-    elif remat == "dots":
-        block = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    x_BTC = place(embed(params, ids_BT, dtype))
-    x_BTC = smear(params, x_BTC, shift_right(x_BTC))
-    x_BTC, _ = jax.lax.scan(block, x_BTC, params["h"], unroll=unroll)
-    return rms_norm(x_BTC)
+    def block(kind, index, carry, layer, value):
+        x_BTC, kept_BTC = carry
+        fn = partial(run, windows[kind])
+        if remat == "full":
+            fn = jax.checkpoint(fn)
+        elif remat == "dots":
+            fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+        x_BTC = fn(x_BTC, x0_BTC, layer, value)
+        if kept_BTC is not None and kind in (middle, middle % period):
+            kept_BTC = jnp.where(index == middle, x_BTC, kept_BTC)
+        return x_BTC, kept_BTC
+
+    e_BTC = place(embed(params, ids_BT, dtype))
+    x0_BTC = smear(params, e_BTC, shift_right(e_BTC))
+    carry = x0_BTC, (x0_BTC if cfg.constants.backout else None)
+    carry = fold_layers(cfg, block, carry, layer_params(params), value_params(params, ids_BT, dtype), unroll)
+    return leave_trunk(params, *carry)
+
+
+def residual_stream(
+    params, cfg: GPTConfig, ids_BT, *, attention: AttentionFn = blocked_attention, dtype=jnp.float32
+):
+    """The stream [B, T, C] after every block, then the final normed activations: the plain form, layer by layer."""
+    T, ve_layers = ids_BT.shape[1], cfg.value_embed_layers()
+    rope = rope_table(cfg, jnp.arange(T), dtype)
+    layers, values = layer_params(params), value_params(params, ids_BT, dtype)
+    e_BTC = embed(params, ids_BT, dtype)
+    x0_BTC = smear(params, e_BTC, shift_right(e_BTC))
+    x_BTC, stream = x0_BTC, []
+    for i, window in enumerate(cfg.windows()):
+        layer = {name: w[i] for name, w in layers.items()}
+        value = {name: w[ve_layers.index(i)] for name, w in values.items()} if i in ve_layers else None
+        x_BTC = enter_block(layer, x_BTC, x0_BTC)
+        attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope, value), window=window if window < T else None)
+        x_BTC = close_block(layer, x_BTC, attn_BTHD)
+        stream.append(x_BTC)
+    return [*stream, leave_trunk(params, x_BTC, stream[cfg.n_layer // 2])]
 
 
 def forward(params, cfg: GPTConfig, ids_BT, **options):
     """Float32 logits [B, T, V]. Options are those of `hidden_states`."""
     x_BTC = hidden_states(params, cfg, ids_BT, **options)
-    return capped_logits(x_BTC, params["lm_head"], cfg.constants.softcap, cfg.vocab_size)
+    return capped_logits(x_BTC, params["lm_head"], cfg.logit_cap, cfg.vocab_size)

@@ -61,7 +61,7 @@ class Objective:
         if self.mesh is not None:
             rows = max(1, rows // meshes.batch_shards(self.mesh))
         slices = loss.num_slices(rows, T, cfg.vocab_size)
-        return fn(x_BTC, head_VC, batch["targets"], cfg.constants.softcap, cfg.vocab_size, slices)
+        return fn(x_BTC, head_VC, batch["targets"], cfg.logit_cap, cfg.vocab_size, slices)
 
 
 def make_objective(

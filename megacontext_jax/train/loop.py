@@ -26,7 +26,6 @@ from megacontext_jax.runtime import print0
 from megacontext_jax.telemetry import hardware, report
 from megacontext_jax.telemetry.progress import StepMeter, StepPrinter
 from megacontext_jax.telemetry.sinks import open_metrics
-from megacontext_jax.train.schedule import lr_multiplier
 from megacontext_jax.train.step import (
     LossFn,
     TrainState,
@@ -53,6 +52,7 @@ class Setup:
     stream: object  # iterator of {"inputs", "targets"} [rows, T] with get_state / set_state
     init: Callable[[jax.Array], dict]
     optimizer: object
+    rate: Callable  # step -> multiplier of the learning rates
     loss_fn: LossFn
     nll_fn: Callable
     tokenizer: Tokenizer
@@ -138,14 +138,19 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     loop_state: dict = {}
     if resume_step is not None:
         meta = checkpoints.read_meta(resume_step)
-        checkpoints.check_compatible(meta["identity"], setup.identity, setup.identity_defaults)
+        checkpoints.check_compatible(
+            meta["identity"], asked_of(meta, setup.identity), setup.identity_defaults
+        )
         if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
             print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
             return 0
         restored = checkpoints.restore(resume_step, params_like=template.params, opt_like=template.opt_state)
         step_array = jax.device_put(np.int32(resume_step), template.step.sharding)
         state = TrainState(restored.params, restored.opt_state, step_array)
-        setup.stream.set_state(restored.data_state)
+        if "nanochat" in meta:
+            continue_data(setup.stream, restored.data_states[0])
+        else:
+            setup.stream.set_state(restored.data_state)
         loop_state = meta["loop_state"]
         print0(f"Continuing {setup.folder.name} at step {resume_step} of {n_steps}.")
     else:
@@ -173,7 +178,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         flops_per_token=setup.gpt.flops_per_token(),
         peak_flops=hardware.total_peak_flops(setup.facts.get("compute dtype", "float32")),
     )
-    if loop_state:
+    if "meter" in loop_state:
         meter.set_state(loop_state["meter"])
     best = loop_state.get("best", math.inf)
     metrics = open_metrics(
@@ -185,13 +190,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         primary=jax.process_index() == 0,
     )
     print0(metrics.describe())
-    multiplier = lr_multiplier(
-        n_steps,
-        warmup_ratio=opts.warmup_ratio,
-        warmdown_ratio=opts.warmdown_ratio,
-        final_lr_frac=opts.final_lr_frac,
-    )
-    log = StepLog(opts, meter, multiplier, metrics)
+    log = StepLog(opts, meter, setup.rate, metrics)
     simulated = jax.default_backend() == "cpu" and mesh.size > 1
     results: dict[str, float] = dict(loop_state.get("results", {}))
 
@@ -300,6 +299,19 @@ def next_batch(setup: Setup) -> dict:
         name: meshes.global_batch(setup.mesh, rows[name].reshape(A, -1, rows[name].shape[-1]))
         for name in ("inputs", "targets")
     }
+
+
+def asked_of(meta: dict, identity: dict) -> dict:
+    """What a run must share with its checkpoint: of one imported from nanochat only what that knows."""
+    return {key: identity[key] for key in meta["identity"]} if "nanochat" in meta else identity
+
+
+def continue_data(stream, position: dict) -> None:
+    """Goes to where nanochat would continue its own data: the row group after the one it read last."""
+    if not position:
+        print0("The imported checkpoint holds no place in the data; it is read from the beginning.")
+        return
+    stream.seek(position["pq_idx"], position["rg_idx"] + 1, position.get("epoch", 1))
 
 
 def section_slug(stage: str) -> str:

@@ -1,20 +1,23 @@
-"""nanochat's optimiser on Optax: Muon for the matrices, AdamW for embedding and head, or AdamW for all.
+"""nanochat's optimisers on Optax: Muon for the matrices, AdamW for the rest, or AdamW for all.
 
-Muon here is nanochat's (classic), not `optax.contrib.muon`, which differs in momentum and scale. Its
-orthogonalisation works on one stack of all equally shaped matrices of all layers: one product instead of
-many, and under a mesh whole matrices are dealt out to the devices, so that none is computed twice.
+Muon here is nanochat's, not `optax.contrib.muon`, which differs in momentum and scale. Its orthogonalisation
+works on one stack of all equally shaped matrices of all layers: one product instead of many, and under a mesh
+whole matrices are dealt out to the devices, so that none is computed twice.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from megacontext_jax.train.schedule import lr_multiplier, muon_momentum
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.train.recipes import CLASSIC_MUON, RECIPES, Adam, Muon, Recipe, group_of
+from megacontext_jax.train.schedule import Schedules
 
-NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic
-NS_STEPS = 5
+EPSILON = 1e-10  # AdamW's
 
 
 class MuonState(NamedTuple):
@@ -22,40 +25,102 @@ class MuonState(NamedTuple):
     momentum: optax.Updates
 
 
-def orthogonalise(g_KRQ, *, dtype=jnp.float32):
-    """Approximate U V^T of each matrix (rows <= columns) by five Newton-Schulz steps in `dtype`."""
-    a, b, c = NS_COEFFICIENTS
+class NorMuonState(NamedTuple):
+    count: jax.Array
+    momentum: optax.Updates
+    second: optax.Updates  # mean squares of the orthogonalised updates, per row or per column
+
+
+def scale_by_muon(
+    muon: Muon = CLASSIC_MUON,
+    *,
+    momentum: Callable,
+    decay: Callable = lambda count: 0.0,
+    dtype=jnp.float32,
+    constrain=lambda stack: stack,
+) -> optax.GradientTransformation:
+    """Nesterov momentum, then orthogonalised updates scaled by sqrt(max(1, rows / columns)).
+
+    Leaves are stacks [layers, rows, columns]. With `muon.beta2` the variance of rows (of columns in wide
+    matrices) is evened out, and weights that the update shrinks decay by `decay(count)`. `constrain` places the
+    gathered stacks [K, rows, columns] on a mesh (see `mesh.deal_matrices`); `dtype` is that of the iteration.
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        count = jnp.zeros([], jnp.int32)
+        if not muon.beta2:
+            return MuonState(count, zeros)
+        return NorMuonState(count, zeros, jax.tree.map(lambda p: jnp.zeros_like(_mean_square(p)), params))
+
+    def update(updates, state, params=None):
+        mu = momentum(state.count)
+        buffers = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
+        nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, buffers, updates)
+        directions = _orthogonalise_tree(nesterov, muon, dtype, constrain)
+        if not muon.beta2:
+            state = MuonState(state.count + 1, buffers)
+        else:
+            second = jax.tree.map(
+                lambda v, u: muon.beta2 * v + (1 - muon.beta2) * _mean_square(u), state.second, directions
+            )
+            rate = decay(state.count)
+            directions = jax.tree.map(
+                lambda u, v, w: _cautious(_even_out(u, v), w, rate), directions, second, params
+            )
+            state = NorMuonState(state.count + 1, buffers, second)
+        return jax.tree.map(lambda u: u * max(1.0, u.shape[1] / u.shape[2]) ** 0.5, directions), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _mean_square(u_LRQ):
+    """Mean squares [L, R, 1] of the rows, [L, 1, Q] of the columns where the matrix is wide."""
+    return jnp.mean(jnp.square(u_LRQ), axis=-1 if u_LRQ.shape[1] >= u_LRQ.shape[2] else -2, keepdims=True)
+
+
+def _even_out(u_LRQ, second):
+    """Divides rows (columns) by their root mean square over time; the norm of each matrix stays."""
+    scale = jax.lax.rsqrt(jnp.maximum(second, 1e-10))
+    squares = _mean_square(u_LRQ)
+    before = jnp.sqrt(jnp.sum(squares, axis=(-2, -1), keepdims=True))
+    after = jnp.sqrt(jnp.sum(squares * jnp.square(scale), axis=(-2, -1), keepdims=True))
+    size = math.sqrt(u_LRQ.size / squares.size)  # of what each mean was taken over
+    return u_LRQ * (scale * (before * size / jnp.maximum(after * size, 1e-10)))
+
+
+def _cautious(u_LRQ, w_LRQ, decay):
+    """Weight decay where the update shrinks the weight."""
+    return u_LRQ + decay * w_LRQ * (u_LRQ * w_LRQ >= 0)
+
+
+def orthogonalise(g_KRQ, muon: Muon = CLASSIC_MUON, *, dtype=jnp.float32):
+    """Approximate U V^T of each matrix (rows <= columns), iterated in `dtype`."""
     x = g_KRQ.astype(dtype)
-    norm_K11 = jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=(-2, -1), keepdims=True))
-    x = x / (norm_K11 + 1e-7).astype(dtype)
-    for _ in range(NS_STEPS):
+    x = x / (muon.margin * _norm(x) + muon.epsilon).astype(dtype)
+    for a, b, c in muon.coefficients:
         gram = jnp.einsum("krq,ksq->krs", x, x)
         poly = b * gram + c * jnp.einsum("krs,kst->krt", gram, gram)
         x = a * x + jnp.einsum("krs,ksq->krq", poly, x)
     return x.astype(g_KRQ.dtype)
 
 
-def scale_by_muon(*, dtype=jnp.float32, constrain=lambda stack: stack) -> optax.GradientTransformation:
-    """Nesterov momentum, then orthogonalised updates scaled by sqrt(max(1, rows / columns)).
-
-    Leaves are stacks [layers, rows, columns]. `constrain` places the gathered stacks [K, rows, columns] on a
-    mesh (see `mesh.deal_matrices`).
-    """
-
-    def init(params):
-        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
-
-    def update(updates, state, params=None):
-        del params
-        mu = muon_momentum(state.count)
-        momentum = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, state.momentum, updates)
-        nesterov = jax.tree.map(lambda m, g: mu * m + (1 - mu) * g, momentum, updates)
-        return _orthogonalise_tree(nesterov, dtype, constrain), MuonState(state.count + 1, momentum)
-
-    return optax.GradientTransformation(init, update)
+def _norm(x, axis=(-2, -1)):
+    return jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axis, keepdims=True))
 
 
-def _orthogonalise_tree(tree, dtype, constrain):
+def _equilibrate(x_LRQ):
+    """Every row scaled to the mean (quadratic) norm of its matrix's rows."""
+    target = _norm(x_LRQ) / math.sqrt(x_LRQ.shape[1])
+    return x_LRQ * (target / jnp.maximum(_norm(x_LRQ, -1), 1e-6)).astype(x_LRQ.dtype)
+
+
+def _renormalise(x_LRQ):
+    """Scaled to the Frobenius norm of a matrix with orthonormal rows (columns)."""
+    return x_LRQ * (math.sqrt(min(x_LRQ.shape[1:])) / jnp.maximum(_norm(x_LRQ), 1e-6)).astype(x_LRQ.dtype)
+
+
+def _orthogonalise_tree(tree, muon: Muon, dtype, constrain):
     leaves, treedef = jax.tree.flatten(tree)
     # A tall matrix is orthogonalised transposed, so that c_fc and mlp_proj share one stack.
     groups: dict[tuple[int, int], list[int]] = {}
@@ -63,15 +128,16 @@ def _orthogonalise_tree(tree, dtype, constrain):
         groups.setdefault(tuple(sorted(leaf.shape[1:])), []).append(i)
     out = list(leaves)
     for members in groups.values():
-        stack_KRQ = jnp.concatenate([_wide(leaves[i]) for i in members])
-        done_KRQ = constrain(orthogonalise(constrain(stack_KRQ), dtype=dtype))
+        begun = (_equilibrate(leaves[i].astype(dtype)) if muon.equilibrate else leaves[i] for i in members)
+        stack_KRQ = jnp.concatenate([_wide(x) for x in begun])
+        done_KRQ = constrain(orthogonalise(constrain(stack_KRQ), muon, dtype=dtype))
         start = 0
         for i in members:
             layers, rows, columns = leaves[i].shape
-            part = done_KRQ[start : start + layers]
+            part = done_KRQ[start : start + layers].astype(leaves[i].dtype)
             start += layers
             part = part.swapaxes(1, 2) if rows > columns else part
-            out[i] = part * max(1.0, rows / columns) ** 0.5
+            out[i] = _renormalise(part) if muon.renormalise else part
     return jax.tree.unflatten(treedef, out)
 
 
@@ -79,57 +145,60 @@ def _wide(x_LRQ):
     return x_LRQ.swapaxes(1, 2) if x_LRQ.shape[1] > x_LRQ.shape[2] else x_LRQ
 
 
-def param_group(path) -> str:
-    """wte, lm_head, matrix or scalar, from a params path."""
-    name = path[0].key
-    return {"wte": "wte", "lm_head": "lm_head", "h": "matrix"}.get(name, "scalar")
+def base_rate(adam: Adam, opts, n_embd: int, scale: float = 1.0) -> float:
+    """The unscheduled learning rate of an AdamW group; `scale` is what the batch size asks for."""
+    rate = adam.factor if adam.rate is None else adam.factor * getattr(opts, adam.rate) * scale
+    return rate * (n_embd / 768) ** -0.5 if adam.wide else rate
 
 
 def make_optimizer(
-    stage, *, n_embd: int, num_iterations: int, ns_dtype=jnp.float32, constrain=lambda stack: stack
+    opts,
+    cfg: GPTConfig,
+    schedules: Schedules,
+    *,
+    rate_scale: float = 1.0,
+    weight_decay: float | None = None,
+    ns_dtype=jnp.float32,
+    constrain=lambda stack: stack,
 ) -> optax.GradientTransformation:
-    """The optimiser of one training stage (a `StageConfig`).
+    """The optimiser of one training stage (a `StageConfig`) for a model.
 
-    With `muon`, the AdamW rates are scaled by (width / 768)^-0.5 as in nanochat; with `adamw` they are taken
-    as given.
+    `rate_scale` and `weight_decay` (None: the option's) are what the plan derives from batch and horizon.
     """
-    multiplier = lr_multiplier(
-        num_iterations,
-        warmup_ratio=stage.warmup_ratio,
-        warmdown_ratio=stage.warmdown_ratio,
-        final_lr_frac=stage.final_lr_frac,
-    )
-    width_scale = (n_embd / 768) ** -0.5 if stage.optimizer == "muon" else 1.0
+    recipe: Recipe = RECIPES[opts.optimizer]
+    weight_decay = opts.weight_decay if weight_decay is None else weight_decay
 
     def schedule(rate):
-        return lambda count: rate * stage.init_lr_frac * multiplier(count)
+        return lambda count: rate * opts.init_lr_frac * schedules.rate(count)
 
-    def adamw(rate):
+    def adamw(adam: Adam):
+        b1, b2 = adam.betas or (opts.adam_beta1, opts.adam_beta2)
         return optax.adamw(
-            schedule(rate),
-            b1=stage.adam_beta1,
-            b2=stage.adam_beta2,
-            eps=1e-10,
-            weight_decay=stage.weight_decay,
+            schedule(base_rate(adam, opts, cfg.n_embd, rate_scale)),
+            b1=b1,
+            b2=b2,
+            eps=EPSILON,
+            weight_decay=weight_decay if adam.decay is None else adam.decay,
         )
 
-    if stage.optimizer == "muon":
-        matrix = optax.chain(
-            scale_by_muon(dtype=ns_dtype, constrain=constrain),
-            optax.scale_by_learning_rate(schedule(stage.matrix_lr)),
+    # groups that every checkpoint has, and those of this model
+    present = {group_of((name,)) for name in cfg.param_shapes()} | {"wte", "lm_head", "matrix", "scalar"}
+    transforms = {name: adamw(adam) for name, adam in recipe.groups.items() if name in present}
+    if recipe.muon is not None:
+        transforms["matrix"] = optax.chain(
+            scale_by_muon(
+                recipe.muon,
+                momentum=schedules.momentum,
+                decay=lambda count: weight_decay * schedules.decay(count),
+                dtype=ns_dtype,
+                constrain=constrain,
+            ),
+            optax.scale_by_learning_rate(schedule(opts.matrix_lr * rate_scale)),
         )
-    else:
-        matrix = adamw(stage.matrix_lr)
-    groups = {
-        "wte": adamw(stage.embedding_lr * width_scale),
-        "lm_head": adamw(stage.unembedding_lr * width_scale),
-        "matrix": matrix,
-        "scalar": adamw(stage.scalar_lr),
-    }
     partitioned = optax.partition(
-        groups, lambda tree: jax.tree.map_with_path(lambda p, _: param_group(p), tree)
+        transforms, lambda tree: jax.tree.map_with_path(lambda p, _: group_of((p[0].key,)), tree)
     )
-    return optax.chain(_clip(stage.grad_clip), partitioned)
+    return optax.chain(_clip(opts.grad_clip), partitioned)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:

@@ -1,10 +1,15 @@
 """What a recipe will do on its hardware, from the configuration alone: shapes, tokens, memory, FLOPs."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from megacontext_jax.config import Config
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig, config_for_depth
+from megacontext_jax.train.recipes import RECIPES
+
+REFERENCE_BATCH = 2**19  # tokens per step at depth 12, where nanochat's rates were tuned
+REFERENCE_DEPTH = 12
 
 
 @dataclass(frozen=True)
@@ -32,13 +37,54 @@ def model_of(config: Config) -> GPTConfig:
         head_dim=m.head_dim,
         n_kv_head=m.n_kv_head,
         arch=m.arch,
+        window_pattern=m.window_pattern,
+        softcap=m.softcap,
         sequence_len=m.max_seq_len,
         vocab_size=config.tokenizer.vocab_size,
     )
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """What a stage derives from model, batch and horizon (nanochat's scaling rules)."""
+
+    total_batch_size: int  # tokens per step
+    rate_scale: float  # on the learning rates
+    weight_decay: float
+
+
+def scaled(config: Config, stage: str) -> Scaled:
+    """Batch, rates and decay of a stage; only pretraining scales them.
+
+    An automatic batch grows with the horizon D as D^0.383 (arXiv 2505.13738) from 2^19 tokens at depth 12, to the
+    nearest power of two; rates grow with its root, and the decay keeps batch / (rate * decay * D) as it was.
+    """
+    opts = getattr(config, stage)
+    recipe = RECIPES[opts.optimizer]
+    cfg = model_of(config)
+    reference = model_of(replace(config, model=replace(config.model, depth=REFERENCE_DEPTH)))
+    ratio = counted_params(cfg, recipe.count_all) / counted_params(reference, recipe.count_all)
+    batch = opts.total_batch_size
+    if batch == -1:
+        batch = REFERENCE_BATCH if stage != "base" else 2 ** round(math.log2(REFERENCE_BATCH * ratio**0.383))
+    relative = math.sqrt(batch / REFERENCE_BATCH)
+    decay = opts.weight_decay
+    if stage == "base" and recipe.decay_scaling == "depth":
+        decay *= (REFERENCE_DEPTH / cfg.n_layer) ** 2
+    elif stage == "base" and recipe.decay_scaling == "horizon":
+        decay *= relative / ratio
+    return Scaled(batch, relative if stage == "base" and recipe.scale_rates else 1.0, decay)
+
+
+def counted_params(cfg: GPTConfig, count_all: bool) -> int:
+    """The parameters that the tokens per parameter refer to."""
+    n = cfg.num_params()
+    return n["total"] if count_all else n["transformer"] + n["lm_head"]
+
+
 def plan_stage(config: Config, stage: str, devices: int, activation_bytes: int) -> StagePlan:
-    opts, cfg = getattr(config, stage), model_of(config)
+    cfg, batch = model_of(config), scaled(config, stage).total_batch_size
+    opts = replace(getattr(config, stage), total_batch_size=batch)
     shards = devices // config.run.tensor_axis
     rows, accumulation = batch_layout(opts, cfg.sequence_len, shards)
     steps = horizon(stage, opts, cfg, None, opts.total_batch_size)
@@ -57,8 +103,9 @@ def memory_estimate(cfg: GPTConfig, config: Config, opts, rows: int, devices: in
     """
     n = cfg.num_params()
     split = config.run.fsdp_axis * config.run.tensor_axis
-    adam, muon = n["wte"] + n["lm_head"], n["transformer"]
-    state_numbers = 2 * adam + (muon if opts.optimizer == "muon" else 2 * muon)
+    matrices = n["transformer"]
+    moments = 1 if RECIPES[opts.optimizer].muon else 2  # Muon's second is a vector per matrix
+    state_numbers = 2 * (n["total"] - matrices) + moments * matrices
     weights = 4 * n["total"] * 3 / split  # float32: parameters, gradients, and their sum or the updates
     state = 4 * state_numbers / devices
     kept = {"none": 36, "dots": 12, "full": 1}[config.run.remat]
@@ -95,7 +142,8 @@ def horizon(stage: str, opts, model: GPTConfig, epoch_tokens: int | None, tokens
     if opts.target_flops > 0:
         return max(1, round(opts.target_flops / (model.flops_per_token() * tokens_per_step)))
     if stage == "base":
-        return max(1, int(opts.target_param_data_ratio * model.num_params()["total"] // tokens_per_step))
+        counted = counted_params(model, RECIPES[opts.optimizer].count_all)
+        return max(1, int(opts.target_param_data_ratio * counted // tokens_per_step))
     if epoch_tokens is None:
         return None
     return max(1, -(-opts.num_epochs * epoch_tokens // tokens_per_step))

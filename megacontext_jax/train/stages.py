@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from megacontext_jax import runtime
 from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step, run_folder, unused_tag
-from megacontext_jax.config import Config, fixed_options
+from megacontext_jax.config import SOURCE_STAGES, Config, fixed_options
 from megacontext_jax.data import sources
 from megacontext_jax.data.conversations import (
     conversation_stream,
@@ -22,13 +23,13 @@ from megacontext_jax.data.stream import pretrain_stream, val_batches
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_samples
 from megacontext_jax.model.arch import GPTConfig
-from megacontext_jax.model.objective import make_objective
+from megacontext_jax.model.objective import Objective, make_objective
 from megacontext_jax.runtime import print0
 from megacontext_jax.train.loop import Setup
 from megacontext_jax.train.optim import make_optimizer
-from megacontext_jax.train.plan import batch_layout, horizon, model_of
-
-SOURCE_STAGE = {"mid": "base", "sft": "mid"}
+from megacontext_jax.train.plan import batch_layout, horizon, model_of, scaled
+from megacontext_jax.train.recipes import RECIPES
+from megacontext_jax.train.schedule import schedules
 
 
 def prepare(config: Config, stage: str) -> Setup:
@@ -40,7 +41,7 @@ def prepare(config: Config, stage: str) -> Setup:
     mesh = meshes.make_mesh(run.data_axis, run.fsdp_axis, run.tensor_axis)
     seq_len = config.model.max_seq_len
 
-    source = None if stage == "base" else find_run(SOURCE_STAGE[stage], run.tag or f"d{config.model.depth}")
+    source = None if stage == "base" else find_source(stage, run.tag or f"d{config.model.depth}")
     if source is None:
         text = sources.prepare_text(config)
         tokenizer = sources.load_tokenizer(text.tokenizer_dir)
@@ -54,7 +55,10 @@ def prepare(config: Config, stage: str) -> Setup:
         if meta["step"] < meta["num_iterations"]:
             print0(f"Note: {source.name} is unfinished, at step {meta['step']} of {meta['num_iterations']}.")
 
-    rows, accumulation = batch_layout(opts, seq_len, meshes.batch_shards(mesh))
+    scale = scaled(config, stage)
+    rows, accumulation = batch_layout(
+        replace(opts, total_batch_size=scale.total_batch_size), seq_len, meshes.batch_shards(mesh)
+    )
     eval_rows = opts.device_batch_size * meshes.batch_shards(mesh)
     layout = Layout(tokenizer, rows // jax.process_count(), eval_rows // jax.process_count(), seq_len)
     if source is None:
@@ -67,10 +71,15 @@ def prepare(config: Config, stage: str) -> Setup:
     objective = make_objective(
         model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat, mesh=mesh
     )
+    model, objective = settle_windows(config, model, objective, fixed=source is not None)
+    recipe = RECIPES[opts.optimizer]
+    schedule = schedules(opts, recipe, num_iterations, first_stage=source is None)
     optimizer = make_optimizer(
         opts,
-        n_embd=model.n_embd,
-        num_iterations=num_iterations,
+        model,
+        schedule,
+        rate_scale=scale.rate_scale,
+        weight_decay=scale.weight_decay,
         ns_dtype=dtype,
         constrain=meshes.deal_matrices(mesh),
     )
@@ -88,7 +97,8 @@ def prepare(config: Config, stage: str) -> Setup:
         "Depth": model.n_layer,
         "Width": model.n_embd,
         "Heads": f"{model.n_head} of {model.head_dim} channels, {model.n_kv_head} for keys and values",
-        "Architecture": model.arch,
+        "Architecture": f"{model.arch}, optimiser {opts.optimizer}",
+        "Windows": " ".join(map(str, model.windows())) if set(model.window_pattern) != {"L"} else "none",
         "Vocabulary": model.vocab_size,
         "Number of parameters": n["total"],
         "Number of FLOPs per token": model.flops_per_token(),
@@ -122,6 +132,7 @@ def prepare(config: Config, stage: str) -> Setup:
         stream=data.stream,
         init=objective.init,
         optimizer=optimizer,
+        rate=schedule.rate,
         loss_fn=objective.loss,
         nll_fn=objective.nll,
         tokenizer=tokenizer,
@@ -130,6 +141,7 @@ def prepare(config: Config, stage: str) -> Setup:
         identity_defaults={
             stage: fixed_options(getattr(Config(), stage)),
             "data": fixed_options(Config().data),
+            "model": GPTConfig().to_dict(),
         },
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest},
         start_params=source and partial(load_params, source, source_step),
@@ -138,6 +150,38 @@ def prepare(config: Config, stage: str) -> Setup:
         else None,
         facts=facts,
     )
+
+
+def find_source(stage: str, tag: str) -> Path:
+    """The run that a stage starts from."""
+    *preferred, last = SOURCE_STAGES[stage]
+    for earlier in preferred:
+        if latest_step(run_folder(earlier, tag)) is not None:
+            return find_run(earlier, tag)
+    source = find_run(last, tag)
+    if preferred:
+        print0(f"There is no {' or '.join(preferred)} run '{tag}'; {stage} starts from {source.name}.")
+    return source
+
+
+def settle_windows(config: Config, model: GPTConfig, objective: Objective, *, fixed: bool):
+    """Says what short windows become where no kernel makes them cheaper than full attention.
+
+    A new model whose pattern nobody asked for then takes full attention; an asked for or `fixed` one keeps its mask.
+    """
+    if objective.attention.windowed or min(model.windows()) >= model.sequence_len:
+        return model, objective
+    why = f"attention {objective.attention.name} has no windowed kernel"
+    if fixed or config.model.window_pattern:
+        print0(
+            f"Note: {why}: the windows {model.window_pattern} are a mask over full attention and save no time."
+        )
+        return model, objective
+    print0(
+        f"Note: {why}: window pattern L takes the place of {model.window_pattern} (--window-pattern insists)."
+    )
+    model = replace(model, window_pattern="L")
+    return model, replace(objective, cfg=model)
 
 
 class Layout(NamedTuple):

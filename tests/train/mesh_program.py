@@ -14,6 +14,8 @@ from megacontext_jax.config import StageConfig
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import make_objective
 from megacontext_jax.train.optim import make_optimizer
+from megacontext_jax.train.recipes import RECIPES
+from megacontext_jax.train.schedule import schedules
 from megacontext_jax.train.step import init_state, make_train_step
 
 ROWS, T = 16, 32
@@ -29,9 +31,8 @@ def main(data: str, fsdp: str, tensor: str, optimizer_name: str, steps: str = "2
     objective = make_objective(cfg, attention_impl="auto", dtype="float32", mesh=mesh)
     # constant small rates: Adam's first steps divide by |g| and would amplify rounding
     opts = StageConfig(optimizer=optimizer_name, matrix_lr=2e-3, embedding_lr=2e-3, unembedding_lr=2e-3)
-    optimizer = make_optimizer(
-        opts, n_embd=cfg.n_embd, num_iterations=100, constrain=meshes.deal_matrices(mesh)
-    )
+    schedule = schedules(opts, RECIPES[optimizer_name], 100, first_stage=True)
+    optimizer = make_optimizer(opts, cfg, schedule, constrain=meshes.deal_matrices(mesh))
     state = init_state(mesh, objective.init, optimizer, jax.random.key(0))
     shardings = meshes.state_shardings(mesh, state)
     step = make_train_step(objective.loss, optimizer, shardings, mesh, seed=0)

@@ -13,6 +13,8 @@ from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import make_objective
 from megacontext_jax.train import optim
+from megacontext_jax.train.recipes import RECIPES
+from megacontext_jax.train.schedule import schedules
 from megacontext_jax.train.step import init_state, make_train_step
 
 CFG = GPTConfig("pocket", sequence_len=32, vocab_size=256, n_layer=2, n_head=2, n_kv_head=1, n_embd=64)
@@ -85,7 +87,8 @@ def test_logits_stay_near_float32(params, batch):
     assert 0 < distance(logits, wanted) < 3e-2
 
 
-def test_muon_in_bfloat16_stays_near_float32(params):
+@pytest.mark.parametrize("recipe", ["muon", "era2", "latest"])
+def test_muon_in_bfloat16_stays_near_float32(params, recipe):
     keys = jax.random.split(jax.random.key(2), len(params["h"]))
     # gradients of few directions, as real ones are: where the orthogonalisation has most to do
     grads = {
@@ -99,9 +102,12 @@ def test_muon_in_bfloat16_stays_near_float32(params):
     }
     updates = {}
     for dtype in (jnp.float32, HALF):
-        muon = optim.scale_by_muon(dtype=dtype)
-        updates[dtype], state = jax.jit(muon.update)(grads, muon.init(params["h"]))
-        assert {x.dtype for x in jax.tree.leaves((updates[dtype], state.momentum))} == {jnp.dtype("float32")}
+        muon = optim.scale_by_muon(
+            RECIPES[recipe].muon, momentum=lambda t: 0.9, decay=lambda t: 0.1, dtype=jnp.dtype(dtype)
+        )
+        updates[dtype], state = jax.jit(muon.update)(grads, muon.init(params["h"]), params["h"])
+        arrays = jax.tree.leaves((updates[dtype], state._replace(count=())))
+        assert {x.dtype for x in arrays} == {jnp.dtype("float32")}
     for name, wanted in updates[jnp.float32].items():
         assert 0 < distance(updates[HALF][name], wanted) < 0.15, name
         assert cosine(updates[HALF][name], wanted) > 0.99, name
@@ -130,9 +136,8 @@ def test_parameters_and_optimiser_state_stay_float32(batch):
     losses = {}
     for dtype, accumulation in (("float32", 1), ("bfloat16", 2)):
         objective = make_objective(CFG, attention_impl="auto", dtype=dtype)
-        optimizer = optim.make_optimizer(
-            opts, n_embd=CFG.n_embd, num_iterations=10, ns_dtype=jnp.dtype(dtype)
-        )
+        schedule = schedules(opts, RECIPES[opts.optimizer], 10, first_stage=True)
+        optimizer = optim.make_optimizer(opts, CFG, schedule, ns_dtype=jnp.dtype(dtype))
         state = init_state(mesh, objective.init, optimizer, jax.random.key(0))
         types = jax.tree.map(lambda x: x.dtype, state)
         step = make_train_step(objective.loss, optimizer, meshes.state_shardings(mesh, state), mesh, seed=0)

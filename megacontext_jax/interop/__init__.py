@@ -1,0 +1,1 @@
+"""PyTorch nanochat's files, in and out, without PyTorch."""
