@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_BYTES = 1 << 25  # of a pickle; a tokenizer of 65,536 tokens needs one megabyte
-MAX_STEPS = 1 << 22  # instructions; each builds at most one object beside its own bytes
+MAX_STEPS = 1 << 20  # instructions; each builds at most one object beside its own bytes
+_MAX_KEY = 1 << 22  # of the integer keys of a dict; larger ones could be chosen to collide
+_MAX_ARGUMENTS = 16  # of a call, which copies them
 
 
 class Refused(ValueError):
@@ -135,14 +137,18 @@ class _Machine:
         return value
 
     def find(self, module, name) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise Refused(f"it asks for a name made of a {type(module).__name__} and a {type(name).__name__}")
         full = f"{module}.{name}"
         if full not in self.permitted:
-            raise Refused(f"it asks for {full[:200]!r}, which such files have no use for")
+            raise Refused(f"it asks for {ascii(full)[:120]}, which such files have no use for")
         self.push(Global(full, self.permitted[full]))
 
     def call(self, arguments, target) -> None:
         if type(target) is not Global or type(arguments) is not tuple:
             raise Refused("it calls something that is not a permitted name")
+        if len(arguments) > _MAX_ARGUMENTS:
+            raise Refused(f"it calls {target.name} with {len(arguments):,} arguments")
         self.push(target.call(*arguments))
 
     def build(self) -> None:
@@ -158,8 +164,10 @@ class _Machine:
         if len(items) % 2:
             raise Refused("a dict in it has a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, bytes, int, bool, float, tuple):
+            if type(key) not in (str, bytes, int):
                 raise Refused(f"a dict in it has a {type(key).__name__} as a key")
+            if type(key) is int and not 0 <= key < _MAX_KEY:
+                raise Refused("a dict in it has an integer key outside of the range that such files use")
             target[key] = value
 
     def remember(self, index: int) -> None:

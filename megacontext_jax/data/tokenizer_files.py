@@ -36,6 +36,9 @@ SPECIAL_TOKENS = (
 _ENCODING = "tiktoken.core.Encoding"
 _FORMAT = "megacontext-tokenizer"
 _VERSION = 1
+_MAX_PATTERN = 500  # characters; ten of them can cost the regex engine megabytes
+_MAX_SPECIAL = 1_000
+_MAX_SPECIAL_NAME = 100  # characters
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,11 @@ class Vocabulary:
             return "a token occurs twice"
         if not {bytes([i]) for i in range(256)} <= set(self.merges):
             return "not all 256 single bytes are tokens"
+        if len(self.pattern) > _MAX_PATTERN:
+            return f"its split pattern has {len(self.pattern):,} characters"
         names = [name for name, _ in self.special_tokens]
+        if len(names) > _MAX_SPECIAL or not all(0 < len(name) <= _MAX_SPECIAL_NAME for name in names):
+            return "its special tokens are too many or too long"
         missing = [name for name in SPECIAL_TOKENS if name not in names]
         if missing:
             return f"the special token {missing[0]} is missing"
@@ -140,7 +147,7 @@ def from_pickle(path: Path) -> Vocabulary:
     """Reads nanochat's `tokenizer.pkl` without executing anything in it. Raises UserError when it cannot."""
     try:
         loaded = safe_pickle.loads(
-            _read(path), permitted={_ENCODING: lambda: safe_pickle.Instance(_ENCODING)}
+            _read(path, safe_pickle.MAX_BYTES), permitted={_ENCODING: lambda: safe_pickle.Instance(_ENCODING)}
         )
         if not isinstance(loaded, safe_pickle.Instance):
             raise ValueError(f"it holds a {type(loaded).__name__}, not a tiktoken Encoding")
@@ -201,9 +208,11 @@ def _is_dict_of(value: Any, key_type: type, value_type: type) -> bool:
     )
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int = -1) -> bytes:
+    """The bytes of a file; of a longer one than `limit`, one byte more than that."""
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(limit if limit < 0 else limit + 1)
     except OSError as error:
         raise UserError(
             f"Cannot read {path} ({error.strerror}); check the path and its permissions."

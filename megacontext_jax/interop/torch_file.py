@@ -6,6 +6,7 @@ describes tensors, and their bytes in `<root>/data/<key>`. Nothing in the pickle
 the caller's arrays, with their checksums.
 """
 
+import itertools
 import math
 import os
 import pickle
@@ -42,6 +43,7 @@ _DTYPES = {
 _STORAGES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHUNK = 1 << 23
 _MAX_TENSORS = 100_000
+_MAX_DIRECTORY = 1 << 22  # bytes; some 50,000 entries
 _ALIGNMENT = 64
 
 
@@ -81,6 +83,8 @@ class StoredTensor:
         """
         if out is None:
             out = np.empty(self.shape, self.dtype)
+        assert out.shape == self.shape
+        assert out.flags.c_contiguous
         contiguous = self.size == self.storage.count and self.strides == _c_strides(self.shape)
         if contiguous and out.dtype == self.dtype:
             self.file._read_storage(self.storage, out.reshape(-1).view(np.uint8))
@@ -105,7 +109,7 @@ class TorchFile:
             raise UserError(
                 f"Cannot read {path} ({error.strerror}); check the path and its permissions."
             ) from None
-        self._tensors = 0
+        self._tensors = self._references = 0
         try:
             with self._named():
                 self._open()
@@ -124,14 +128,21 @@ class TorchFile:
         head = self._file.read(4)
         if head[:2] == b"\x80\x02" or head[:1] == b"\x80":
             raise Refused("it is in the format of PyTorch before 1.6; save it again with a newer PyTorch")
+        if self._directory_size() > _MAX_DIRECTORY:
+            raise Refused("the directory of its archive is far larger than such files need")
         archive = zipfile.ZipFile(self._file)
         names = [entry.filename for entry in archive.infolist()]
+        if not all(name.isprintable() and len(name) <= 300 for name in names):
+            raise Refused("an entry of its archive has a name that such files do not use")
         if len(set(names)) != len(names):
             raise Refused("an entry of its archive occurs twice")
         pickles = [name for name in names if re.fullmatch(r"[^/\\]+/data\.pkl", name)]
         if len(pickles) != 1:
             raise Refused(f"its archive holds {len(pickles)} entries <name>/data.pkl, not one")
         self._entries = {entry.filename: entry for entry in archive.infolist()}
+        places = sorted((e.header_offset, e.header_offset + 30 + e.compress_size) for e in archive.infolist())
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(places)):
+            raise Refused("entries of its archive overlap")
         self._root = pickles[0].split("/")[0]
         order = self._small(f"{self._root}/byteorder", b"little")
         if order.strip() != b"little":
@@ -139,12 +150,23 @@ class TorchFile:
         data = self._small(pickles[0], None)
         self.tree = safe_pickle.loads(data, permitted=self._permitted(), persistent=self._storage)
 
+    def _directory_size(self) -> int:
+        """The length of the archive's directory as announced at its end; 0 when there is no such end."""
+        start = max(0, self._length - (1 << 16) - 22 - 76)
+        tail = os.pread(self._file.fileno(), self._length - start, start)
+        at = tail.rfind(b"PK\x05\x06")
+        if at < 0 or at + 22 > len(tail):
+            return 0
+        if at >= 76 and tail[at - 76 : at - 72] == b"PK\x06\x06":
+            return struct.unpack("<Q", tail[at - 36 : at - 28])[0]
+        return struct.unpack("<I", tail[at + 12 : at + 16])[0]
+
     def _permitted(self) -> dict:
         storages = {f"torch.{name}": _StorageType(dtype) for name, dtype in _DTYPES.items()}
         return storages | {
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": self._parameter,
-            "collections.OrderedDict": safe_pickle.Attributes,
+            "collections.OrderedDict": lambda: safe_pickle.Attributes(),
         }
 
     def _small(self, name: str, default: bytes | None) -> bytes:
@@ -168,6 +190,8 @@ class TorchFile:
             raise Refused(f"its {name} is compressed, which torch.save never does")
         if entry.flag_bits & 1:
             raise Refused(f"its {name} is encrypted")
+        if not 0 <= entry.header_offset <= self._length:
+            raise Refused(f"its {name} lies outside of the file")
         header = os.pread(self._file.fileno(), 30, entry.header_offset)
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
             raise Refused(f"the header of its {name} is damaged")
@@ -179,6 +203,9 @@ class TorchFile:
 
     def _storage(self, reference) -> _Storage:
         """What a persistent id ("storage", type, key, device, elements) stands for."""
+        self._references += 1
+        if self._references > _MAX_TENSORS:
+            raise Refused(f"it refers to storages more than {_MAX_TENSORS:,} times")
         if type(reference) is not tuple or len(reference) != 5 or reference[0] != "storage":
             raise Refused("it refers to something that is not a storage")
         _, kind, key, _, count = reference
@@ -190,8 +217,10 @@ class TorchFile:
         if dtype is None or type(key) is not str or not re.fullmatch(r"[0-9A-Za-z_]{1,64}", key):
             raise Refused("the description of a storage in it is not well-formed")
         start, size = self._extent_of(key)
-        if type(count) is not int or count < 0 or count * dtype.itemsize != size:
-            raise Refused(f"storage {key} has {size:,} bytes where {count!r} {dtype.name} are announced")
+        if type(count) is not int or not 0 <= count < 2**48:
+            raise Refused("the description of a storage in it is not well-formed")
+        if count * dtype.itemsize != size:
+            raise Refused(f"storage {key} has {size:,} bytes where {count:,} {dtype.name} are announced")
         return _Storage(key, dtype, start, count, self._entries[f"{self._root}/data/{key}"].CRC)
 
     def _extent_of(self, key: str) -> tuple[int, int]:
@@ -202,8 +231,10 @@ class TorchFile:
 
     def _tensor(self, *arguments) -> StoredTensor:
         """`torch._utils._rebuild_tensor_v2(storage, offset, shape, strides, requires_grad, hooks, ...)`."""
-        if len(arguments) < 6 or not isinstance(arguments[0], _Storage):
+        if len(arguments) not in (6, 7) or not isinstance(arguments[0], _Storage):
             raise Refused("the description of a tensor in it is not well-formed")
+        if len(arguments) == 7 and arguments[6]:
+            raise Refused("a tensor in it is negated or conjugated")
         storage, offset, shape, strides = arguments[:4]
         numbers = (offset, *shape, *strides) if type(shape) is type(strides) is tuple else (None,)
         if (
@@ -212,6 +243,8 @@ class TorchFile:
             or len(shape) > 8
         ):
             raise Refused("the description of a tensor in it is not well-formed")
+        if math.prod(max(1, n) for n in shape) >= 2**48:
+            raise Refused(f"a tensor in it has the shape {list(shape)}")
         size = math.prod(shape)
         last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if size else 0
         if last >= max(1, storage.count) or size > storage.count:
@@ -224,7 +257,7 @@ class TorchFile:
         return StoredTensor(self, storage, offset, shape, strides)
 
     def _parameter(self, *arguments) -> StoredTensor:
-        if not arguments or not isinstance(arguments[0], StoredTensor):
+        if len(arguments) != 3 or not isinstance(arguments[0], StoredTensor):
             raise Refused("the description of a parameter in it is not well-formed")
         return arguments[0]
 
@@ -332,7 +365,7 @@ class _Emitter:
             return b"](" + b"".join(map(self._value, value)) + b"e"
         if isinstance(value, tuple):
             return b"(" + b"".join(map(self._value, value)) + b"t"
-        if value is None or isinstance(value, bool | int | float | str):
+        if value is None or type(value) in (bool, int, float, str):
             return pickle.dumps(value, protocol=2)[2:-1]  # without the first and the last instruction
         raise TypeError(f"{type(value).__name__} has no place in a torch file")
 
