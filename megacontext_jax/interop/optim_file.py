@@ -343,13 +343,14 @@ def _list_tree(state: OptimizerState, cfg: GPTConfig, rank: int, ranks: int) -> 
     muon, index, members = {}, 0, groups_by_size(shapes) if ranks == 1 else groups_by_shape(shapes)
     kinds = BUFFERS[: 2 if RECIPES[_recipe(cfg)].muon.beta2 else 1]
     muon_groups = _numbered(state.groups[1], members, 0)
-    for names, group in zip(members, muon_groups, strict=True):
+    for names in members:
         for j, name in enumerate(names):
             if j % ranks == rank:
                 muon[index + j] = {kind: state.read(kind, name) for kind in kinds}
         index += len(names)
-        if ranks > 1:
-            group["zero_buffer"] = np.zeros(shapes[names[0]], np.float32)
+    if ranks > 1:  # DistMuon keeps a matrix of zeros in each of its groups
+        blanks = [{"zero_buffer": np.zeros(shapes[names[0]], np.float32)} for names in members]
+        muon_groups = [blank | group for blank, group in zip(blanks, muon_groups, strict=True)]
     adam_part = {"state": adam, "param_groups": _numbered(state.groups[0], adam_groups(cfg), 0)}
     return [adam_part, {"state": muon, "param_groups": muon_groups}]
 
