@@ -68,15 +68,17 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
         if (name, None) in flags:
             raise UserError(f"--{'gpu' if name == 'profile' else name} needs {words}.")
     source = last("config") or recipe_config(last("recipe") or "run10", last("profile"))
-    tier = load_yaml(Config(), source).model
-    arch = last("arch") or tier.arch
-    if stage in SOURCE_STAGES and not last("arch"):  # a model that exists is trained as its architecture is
-        arch = saved_arch(SOURCE_STAGES[stage], last("tag") or f"d{last('depth') or tier.depth}") or arch
+    own = [flag for flag in flags if flag[0] not in ("config", "profile")]
+    asked = apply_flags(load_yaml(Config(), source), own, stage)
+    arch = asked.model.arch
+    if stage in SOURCE_STAGES and not (last("arch") or last("model.arch")):
+        # a model that exists is trained as its architecture is
+        arch = saved_arch(SOURCE_STAGES[stage], asked.run.tag or f"d{asked.model.depth}") or arch
     config = load_yaml(load_arch(Config(), arch), source)
     if wants_help:
         print(_help(doc, config, source, stage, show))
         raise SystemExit(0)
-    config = apply_flags(config, [flag for flag in flags if flag[0] not in ("config", "profile")], stage)
+    config = apply_flags(config, own, stage)
     if config.run.mc:
         raise UserError("--mc: this version has no MegaContext parts yet; leave the flag out.")
     return config

@@ -102,7 +102,9 @@ class StageConfig:
     target_param_data_ratio: float = option(20.0, "steps from tokens per parameter")
     num_epochs: int = option(1, "passes over the conversations (mid, sft)")
     device_batch_size: int = option(32, "rows per device and micro-batch", free=True)
-    total_batch_size: int = option(524_288, "tokens per step over all devices; -1 = from the horizon")
+    total_batch_size: int = option(
+        524_288, "tokens per step over all devices; -1 = from the horizon (base), 2^19 (mid, sft)"
+    )
     optimizer: str = option(
         "muon",
         "muon (matrices) with AdamW, adamw for all, or as in a generation of nanochat",
@@ -120,7 +122,7 @@ class StageConfig:
     adam_beta2: float = option(0.95, "AdamW")
     grad_clip: float = option(1.0, "global norm; 0 = off")
     warmup_ratio: float = option(0.0, "share of the steps")
-    warmup_steps: int = option(0, "steps; takes the place of the share")
+    warmup_steps: int = option(0, "steps, in place of the share")
     warmdown_ratio: float = option(0.2, "share of the steps")
     final_lr_frac: float = option(0.0, "learning rate at the end, as a share")
     chat_packing: str = option(

@@ -27,7 +27,7 @@ PARAM_AXES = {
     "attn_proj": (None, "fsdp", "tensor"),
     "c_fc": (None, "tensor", "fsdp"),
     "mlp_proj": (None, "fsdp", "tensor"),
-    "value_embeds": (None, None, "fsdp"),
+    "value_embeds": (None, "tensor", "fsdp"),
 }
 
 

@@ -33,9 +33,21 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--no-optimizer", dest="optimizer", action="store_false", help="leave the optimiser's state out"
     )
+    parser.add_argument(
+        "--bf16-embeddings",
+        action="store_true",
+        help="store embeddings as nanochat does on a GPU (of runs trained here)",
+    )
     args = parser.parse_args(argv)
     run = args.run or find_run(args.stage, args.tag)
-    done = export_checkpoint(run, args.out, step=args.step, ranks=args.ranks, optimizer=args.optimizer)
+    done = export_checkpoint(
+        run,
+        args.out,
+        step=args.step,
+        ranks=args.ranks,
+        optimizer=args.optimizer,
+        bf16_embeddings=args.bf16_embeddings,
+    )
     for path in done.files:
         print(f"{path.stat().st_size / 1e6:12,.2f} MB  {path}")
     for note in done.notes:

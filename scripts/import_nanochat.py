@@ -46,6 +46,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--no-optimizer", dest="optimizer", action="store_false", help="leave the optimiser's state behind"
     )
+    parser.add_argument(
+        "--no-place",
+        dest="place",
+        action="store_false",
+        help="continue training at the beginning of the data",
+    )
     args = parser.parse_args(argv)
     for found in find_checkpoints(
         args.source, stage=args.stage, tag=args.tag, step=args.step, tokenizer=args.tokenizer
@@ -54,7 +60,12 @@ def main(argv: list[str]) -> None:
         size = found.model.stat().st_size / 1e6
         print(f"{found.model} ({size:,.1f} MB) ...", flush=True)
         done = import_checkpoint(
-            found, tag=args.name, era=args.era, softcap=args.softcap, optimizer=args.optimizer
+            found,
+            tag=args.name,
+            era=args.era,
+            softcap=args.softcap,
+            optimizer=args.optimizer,
+            place=args.place,
         )
         for note in done.notes:
             print(f"Note: {note}")

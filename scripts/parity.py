@@ -66,6 +66,7 @@ def main(argv: list[str]) -> int:
     from megacontext_jax import runtime
     from megacontext_jax.interop import parity
     from megacontext_jax.interop.torch_module import torch_arrays
+    from megacontext_jax.model.objective import make_objective
 
     runtime.start(RunConfig(platform=args.platform))
     jax.config.update("jax_default_matmul_precision", "highest")  # a GPU's float32 products would be TF32
@@ -83,19 +84,21 @@ def main(argv: list[str]) -> int:
     if args.torch_module:
         references[f"PyTorch in {args.torch_module}"] = beside = torch_arrays(args.torch_module, model, given)
         given = beside | given
-    objective = parity.objective_for(cfg, attention_impl=args.attention_impl, dtype=args.compute_dtype)
+    objective = make_objective(cfg, attention_impl=args.attention_impl, dtype=args.compute_dtype)
     print(
         f"{model.name}: era {cfg.arch}, depth {cfg.n_layer}, width {cfg.n_embd}, windows {cfg.window_pattern}, soft cap "
         f"{cfg.logit_cap:g}; {jax.devices()[0].device_kind}, {args.compute_dtype}, attention {objective.attention.name}"
     )
-    ours = parity.our_arrays(model, given, objective)
     tolerance = parity.BFLOAT16 if args.compute_dtype == "bfloat16" else parity.FLOAT32
     if args.tolerance is not None:
         tolerance = replace(tolerance, logits=args.tolerance)
+    ours = parity.our_arrays(model, given, objective, gradients=tolerance.grad is not None)
     passed = True
     for name, theirs in references.items():
         rows = parity.compare(ours, theirs, tolerance)
         print(f"\nOurs beside {name}:\n{parity.table(rows)}")
+        if left := parity.left_out(theirs):
+            print(f"Not compared: {', '.join(left)}.")
         passed = passed and all(row.passed for row in rows)
     if args.save:
         with atomic_path(args.save) as scratch, open(scratch, "wb") as file:

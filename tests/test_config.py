@@ -3,7 +3,9 @@ import pytest
 from megacontext_jax import config as c
 from megacontext_jax.cli import parse
 from megacontext_jax.errors import UserError
-from megacontext_jax.train.plan import batch_layout, model_of, plan_stage
+from megacontext_jax.train.plan import batch_layout, model_of, plan_stage, scaled
+from megacontext_jax.train.recipes import RECIPES
+from megacontext_jax.train.schedule import schedules
 
 
 def flags(*pairs, stage=None):
@@ -119,3 +121,39 @@ def test_batches_that_do_not_divide_are_refused():
     with pytest.raises(UserError, match="total-batch-size"):
         batch_layout(opts, 300, 1)
     assert batch_layout(c.StageConfig(total_batch_size=4096, device_batch_size=32), 256, 8) == (16, 1)
+
+
+def test_an_architecture_brings_its_recipe_however_it_is_named(tmp_path):
+    plain = parse(["--config", "speedrun"], doc="", stage="base")
+    assert (plain.base.optimizer, plain.base.total_batch_size, plain.tokenizer.vocab_size) == (
+        "muon",
+        524_288,
+        65_536,
+    )
+    (tmp_path / "mine.yaml").write_text("model: {arch: latest}\n")
+    for words in (
+        ["--config", "speedrun", "--arch", "latest"],
+        ["--config", "speedrun", "--model.arch", "latest"],
+        ["--config", str(tmp_path / "mine.yaml")],
+    ):
+        config = parse(words, doc="", stage="base")
+        assert config.base.optimizer == config.sft.optimizer == "latest"
+        assert config.base.total_batch_size == -1
+        assert config.base.warmup_steps == 40
+    insisted = parse(
+        ["--config", "speedrun", "--arch", "latest", "--optimizer", "adamw"], doc="", stage="base"
+    )
+    assert insisted.base.optimizer == "adamw"
+
+
+def test_scaling_asks_for_what_is_possible():
+    few_heads = parse(["--config", "speedrun", "--depth", "20", "--n-kv-head", "5"], doc="", stage="base")
+    assert scaled(few_heads, "base").total_batch_size == 524_288
+    latest = parse(["--config", "speedrun", "--arch", "latest", "--n-kv-head", "5"], doc="", stage="base")
+    assert scaled(latest, "base").total_batch_size in (2**19, 2**20)
+    assert scaled(latest, "mid").total_batch_size == 2**19
+    with pytest.raises(UserError, match="-5"):
+        scaled(parse(["--total-batch-size", "-5"], doc="", stage="base"), "base")
+    both = c.StageConfig(warmup_ratio=0.1, warmup_steps=40)
+    with pytest.raises(UserError, match="warmup"):
+        schedules(both, RECIPES["muon"], 100, first_stage=True)

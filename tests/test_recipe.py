@@ -26,9 +26,10 @@ def environment(folder: Path) -> dict:
     return os.environ | folders
 
 
-def run(folder: Path, script: str, *flags: str, status: int = 0) -> str:
+def run(folder: Path, script: str, *flags: str, status: int = 0, configured: bool = True) -> str:
+    """A script's output; not `configured`: one that takes no configuration."""
     done = subprocess.run(
-        command(script, *flags),
+        command(script, *flags) if configured else [sys.executable, "-m", f"scripts.{script}", *flags],
         cwd=ROOT,
         env=environment(folder),
         capture_output=True,

@@ -43,6 +43,10 @@ class Restored:
     def data_state(self) -> dict:
         """The position of this process's data stream; `UserError` if another number of processes saved."""
         saved, here = len(self.data_states), jax.process_count()
+        if (
+            "place" in self.data_states[0]
+        ):  # of an imported checkpoint: a place in the corpus, not in a stream
+            return self.data_states[0]
         if saved != here:
             raise UserError(
                 f"The checkpoint of step {self.step} was saved by {saved} processes and {here} resume it: "

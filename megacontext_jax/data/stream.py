@@ -144,6 +144,13 @@ class PretrainStream(BatchStream):
             },
         )
 
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """As of every stream; besides a `{"place": {"file", "row_group", "epoch"}}` to begin at."""
+        if "place" in state:
+            self.seek(**state["place"])
+        else:
+            super().set_state(state)
+
     def position(self) -> dict[str, Any]:
         """How far it is: `epoch` (from 1), `file` (its number), `name`, `row_group`.
 
@@ -165,6 +172,12 @@ class PretrainStream(BatchStream):
         """
         if self.identity["shuffle_seed"] is not None:
             raise UserError("A shuffled stream knows no place by file and row group; leave out the seed.")
+        if not (0 <= file < len(self.corpus.counts) and row_group >= 0 and epoch >= 1):
+            raise UserError(
+                f"The checkpoint's place in the data is epoch {epoch}, file {file}, row group {row_group}, and "
+                f"{self.corpus.paths[0].parent} has {len(self.corpus.counts)} training files; bring the data it was "
+                "trained on, or import it without its place (--no-place)."
+            )
         groups = [self._order[i] for i in range(self._epoch_records)]
         passed = int(np.searchsorted(groups, self.corpus.starts[file] + row_group))
         record = (epoch - 1) * self._epoch_records + passed

@@ -59,6 +59,7 @@ def find_checkpoints(
         raise UserError(
             f"{source} holds no model_*.pt, neither itself nor in {wanted}/<tag>/; give another folder."
         )
+    folders = [folder for folder in folders if tag in _tags(folder)] or folders[:1] if tag else folders
     found = []
     for folder in folders:
         chosen = folder / (tag if tag in _tags(folder) else _choose_tag(folder, tag))

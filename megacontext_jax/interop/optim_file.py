@@ -103,7 +103,7 @@ def rank_files(model_path: Path) -> list[Path]:
     if missing:
         raise UserError(
             f"{model_path.parent} has optimiser files of {len(found)} GPUs and lacks optim_{step}_rank{missing[0]}.pt; "
-            "bring it, or import without --optimizer."
+            "bring it, or import with --no-optimizer."
         )
     return [found[rank] for rank in sorted(found)]
 
@@ -132,7 +132,7 @@ class OptimizerFiles:
         names = self._paths[0].name + (" and its like" if len(self._paths) > 1 else "")
         return UserError(
             f"{self._paths[0].parent / names} is not the optimiser state of this model: {reason}; bring the files that "
-            "belong to it, or import without --optimizer."
+            "belong to it, or import with --no-optimizer."
         )
 
     def _merge(self, trees: list) -> OptimizerState:
@@ -341,7 +341,7 @@ def _list_tree(state: OptimizerState, cfg: GPTConfig, rank: int, ranks: int) -> 
     step = np.array(state.step, np.float32 if ranks == 1 else np.int64)
     adam = _adam_entries(state, cfg, rank, ranks, step)
     muon, index, members = {}, 0, groups_by_size(shapes) if ranks == 1 else groups_by_shape(shapes)
-    kinds = BUFFERS[: 2 if RECIPES[_recipe(cfg)].muon.beta2 else 1]
+    kinds = BUFFERS[: 2 if RECIPES[recipe_name(cfg)].muon.beta2 else 1]
     muon_groups = _numbered(state.groups[1], members, 0)
     for names in members:
         for j, name in enumerate(names):
@@ -399,7 +399,7 @@ def _numbered(groups: list[dict], members: list[list[str]], first: int) -> list[
     return out
 
 
-def _recipe(cfg: GPTConfig) -> str:
+def recipe_name(cfg: GPTConfig) -> str:
     return "muon" if cfg.arch == "classic" else cfg.arch
 
 
@@ -417,7 +417,7 @@ def fresh_groups(cfg: GPTConfig, opts, rate_scale: float, weight_decay: float) -
     adam = []
     for names in adam_groups(cfg):
         row = recipe.groups[group_of(places(cfg)[names[0]].leaf)]
-        rate = base_rate(row, opts, cfg.n_embd, rate_scale)
+        rate = base_rate(row, opts, cfg.n_embd, rate_scale) * opts.init_lr_frac
         group = {
             "lr": rate,
             "betas": row.betas or (opts.adam_beta1, opts.adam_beta2),
@@ -426,11 +426,12 @@ def fresh_groups(cfg: GPTConfig, opts, rate_scale: float, weight_decay: float) -
             "initial_lr": rate,
         }
         adam.append(group | torch_only if is_list(cfg) else {"kind": "adamw"} | group)
-    muon = {"lr": opts.matrix_lr * rate_scale, "momentum": 0.95, "ns_steps": 5}
+    rate = opts.matrix_lr * rate_scale * opts.init_lr_frac
+    muon = {"lr": rate, "momentum": 0.95, "ns_steps": 5}
     settings: Muon = recipe.muon
     if settings.beta2:
         muon |= {"beta2": settings.beta2, "weight_decay": weight_decay}
-    muon |= {"initial_lr": opts.matrix_lr * rate_scale}
+    muon |= {"initial_lr": rate}
     count = len(groups_by_shape(matrices(cfg)))
     if is_list(cfg):
         return [adam, [{**muon, "nesterov": True} for _ in range(count)]]

@@ -53,7 +53,7 @@ def torch_arrays(module: Path, model: Model, given: dict) -> dict:
             f"The nanochat in {root} does not take a model of era {model.cfg.arch} ({reason}); name a checkout of that "
             "generation."
         ) from None
-    net.float().eval()
+    net.eval()
     blocks: list = []
     hooks = [
         block.register_forward_hook(lambda _m, _i, out: blocks.append(out)) for block in net.transformer.h

@@ -1,6 +1,7 @@
 """Whole checkpoints between PyTorch nanochat's folders and our runs."""
 
 import json
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from megacontext_jax.errors import UserError
 from megacontext_jax.files import write_bytes
 from megacontext_jax.interop.folders import STAGE_FOLDERS, Found
 from megacontext_jax.interop.model_file import Origin, read_model, state_dict
+from megacontext_jax.interop.names import places
 from megacontext_jax.interop.optim_file import (
     OptimizerFiles,
     fill_state,
@@ -27,6 +29,7 @@ from megacontext_jax.interop.optim_file import (
     is_list,
     optimizer_trees,
     rank_files,
+    recipe_name,
     state_of,
 )
 from megacontext_jax.interop.torch_file import StoredTensor, TorchFile, write_torch_file
@@ -46,17 +49,29 @@ class Imported:
 
 
 def import_checkpoint(
-    found: Found, *, tag: str = "", era: str = "", softcap: float = 0.0, optimizer: bool = True
+    found: Found,
+    *,
+    tag: str = "",
+    era: str = "",
+    softcap: float = 0.0,
+    optimizer: bool = True,
+    place: bool = True,
 ) -> Imported:
     """Make a checkpoint of PyTorch nanochat a step of our run `megacontext_<stage>_<tag>`.
 
-    Everything is read and checked before anything is written; a step that exists is not overwritten.
+    Everything is read and checked before anything is written; a run of another origin or model is refused, and a
+    step that is there already is left as it is. `place`: training goes on where nanochat would in its data.
     """
     folder = run_folder(found.stage, tag or found.tag)
-    if found.step in steps(folder):
-        raise UserError(
-            f"{step_folder(folder, found.step)} exists and is not overwritten; give another --tag."
-        )
+    if steps(folder):
+        there = read_meta(folder, found.step if found.step in steps(folder) else None)
+        if there.get("nanochat", {}).get("meta", {}).get("model_config") != found.meta["model_config"]:
+            raise UserError(
+                f"{folder} holds another run, which is not overwritten; give this one another name with --as."
+            )
+        if found.step in steps(folder):
+            cfg = GPTConfig(**there["model_config"])
+            return Imported(folder, cfg, 0, [f"step {found.step} is there already and stays as it is."])
     tokenizer, flavour = _read_tokenizer(found)
     files = rank_files(found.model) if optimizer else []
     model = read_model(found.model, found.meta, era=era, softcap=softcap)
@@ -76,6 +91,7 @@ def import_checkpoint(
         "tag": tag or found.tag,
         "num_iterations": found.step,
         "identity": identity,
+        "partial_identity": True,  # what else a run must share, nanochat's files do not say
         "config": _config(model.cfg).to_dict(),
         "loop_state": {},
         "model_config": model.cfg.to_dict(),
@@ -93,11 +109,24 @@ def import_checkpoint(
             found.step,
             params=model.params,
             opt_state=opt_state,
-            data_state=found.meta.get("dataloader_state_dict") or {},
+            data_state={"place": _place(found.meta if place else {})},
             meta=meta,
             blocking=True,
         )
     return Imported(folder, model.cfg, len(files), model.notes)
+
+
+def _place(meta: dict) -> dict:
+    """Where nanochat would continue in its data: the row group after the one it read last."""
+    state = meta.get("dataloader_state_dict")
+    numbers = (
+        [state.get(key, default) for key, default in (("pq_idx", 0), ("rg_idx", -1), ("epoch", 1))]
+        if isinstance(state, dict)
+        else []
+    )
+    if not numbers or any(type(n) is not int for n in numbers):
+        return {"file": 0, "row_group": 0, "epoch": 1}
+    return {"file": numbers[0], "row_group": numbers[1] + 1, "epoch": numbers[2]}
 
 
 @contextmanager
@@ -106,6 +135,7 @@ def _uncopied_arrays():
     handlers = ocp.type_handlers
     usual = handlers.get_type_handler(np.ndarray)
     plain = handlers.NumpyHandler(deepcopy_host_arrays=False)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # the replacement is announced as a warning
     handlers.register_type_handler(np.ndarray, plain, override=True)
     try:
         yield
@@ -123,7 +153,7 @@ def _config(cfg: GPTConfig) -> Config:
         max_seq_len=cfg.sequence_len,
         n_kv_head=cfg.n_kv_head,
         head_dim=cfg.head_dim,
-        aspect_ratio=cfg.n_embd // cfg.n_layer,
+        aspect_ratio=-(-cfg.n_embd // cfg.n_layer),
         window_pattern=cfg.window_pattern,
         softcap=cfg.softcap,
     )
@@ -135,12 +165,7 @@ def _optimizer_like(cfg: GPTConfig, stage: str, config: Config | None = None):
     opts = getattr(config or _config(cfg), "sft" if stage == "rl" else stage)
     plain = schedules(opts, RECIPES[opts.optimizer], 1, first_stage=True)
     optimizer = make_optimizer(opts, cfg, plain)
-    shapes = jax.tree.map(
-        lambda shape: jax.ShapeDtypeStruct(shape, np.float32),
-        cfg.param_shapes(),
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    return jax.eval_shape(optimizer.init, shapes)
+    return jax.eval_shape(optimizer.init, _params_like(cfg))
 
 
 def _read_tokenizer(found: Found) -> tuple[Tokenizer, str]:
@@ -174,11 +199,17 @@ class Exported:
 
 
 def export_checkpoint(
-    run: Path, out: Path, *, step: int | None = None, ranks: int = 1, optimizer: bool = True
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    ranks: int = 1,
+    optimizer: bool = True,
+    bf16_embeddings: bool = False,
 ) -> Exported:
     """Write a step of our run as PyTorch nanochat's files below the base dir `out`.
 
-    Nothing is overwritten, except that an equal tokenizer may be there already.
+    A model file that exists is not overwritten, nor another tokenizer; what a killed export left is.
     """
     meta = read_meta(run, step)
     step, cfg, stage, tag = meta["step"], GPTConfig(**meta["model_config"]), meta["stage"], meta["tag"]
@@ -190,29 +221,40 @@ def export_checkpoint(
         raise UserError(f"--ranks {ranks} must be at least 1.")
     past = meta.get("nanochat", {})
     rows = cfg.vocab_size if cfg.arch == "classic" else cfg.padded_vocab_size
-    origin = Origin(**past["origin"]) if past else Origin({}, rows, "")
+    half = {name: "bfloat16" for name in places(cfg) if "wte" in name or "value_embeds" in name}
+    origin = Origin(**past["origin"]) if past else Origin(half if bf16_embeddings else {}, rows, "")
     folder = out / STAGE_FOLDERS[stage] / tag
-    names = [f"model_{step:06d}.pt", f"meta_{step:06d}.json"]
-    for name in names:
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} exists and is not overwritten; give another --out.")
+    model_file, meta_file = folder / f"model_{step:06d}.pt", folder / f"meta_{step:06d}.json"
+    if model_file.exists():
+        raise UserError(f"{model_file} exists and is not overwritten; give another --out.")
+    written = {f"optim_{step:06d}_rank{rank}.pt" for rank in range(ranks)}
+    if foreign := sorted({p.name for p in folder.glob(f"optim_{step:06d}*.pt")} - written):
+        raise UserError(
+            f"{folder / foreign[0]} is in the way and is not overwritten; remove it or give another --out."
+        )
     tokenizer = load_tokenizer(run, meta)
-    files = _write_tokenizer(tokenizer, out / "tokenizer", past.get("token_bytes", "raw"))
-
     like = _params_like(cfg)
     params, opt_state = _restore(run, step, cfg, meta, like, optimizer)
-    write_torch_file(folder / names[0], state_dict(cfg, params, origin))
-    files.append(folder / names[0])
+    state_trees = []
     if opt_state is not None:
         groups = past.get("optimizer_groups") or _groups(cfg, stage, meta)
-        state = state_of(opt_state, cfg, origin, groups)
-        for rank, tree in enumerate(optimizer_trees(state, cfg, ranks)):
-            path = folder / f"optim_{step:06d}_rank{rank}.pt"
-            write_torch_file(path, tree)
-            files.append(path)
-    write_bytes(folder / names[1], json.dumps(_nanochat_meta(cfg, meta), indent=2).encode())
-    files.append(folder / names[1])
+        state_trees = optimizer_trees(state_of(opt_state, cfg, origin, groups), cfg, ranks)
+    files = _write_tokenizer(tokenizer, out / "tokenizer", past.get("token_bytes", "raw"))
+    for rank, tree in enumerate(state_trees):
+        files.append(folder / f"optim_{step:06d}_rank{rank}.pt")
+        write_torch_file(files[-1], tree)
+    write_bytes(meta_file, json.dumps(_nanochat_meta(cfg, meta), indent=2).encode())
+    write_torch_file(
+        model_file, state_dict(cfg, params, origin)
+    )  # last: its presence means that all is there
+    files += [meta_file, model_file]
     notes = []
+    if optimizer and opt_state is None:
+        notes.append("The step holds no optimiser state, so none was written.")
+    if not past and not bf16_embeddings and cfg.arch not in ("classic",):
+        notes.append(
+            "Embeddings are in float32; nanochat keeps them in bfloat16 on a GPU (--bf16-embeddings)."
+        )
     if cfg.softcap or cfg.arch == "era3b":
         notes.append(
             f"nanochat's files have no place for the soft cap {cfg.logit_cap:g}: its gpt.py must have it."
@@ -251,7 +293,7 @@ def _saved_config(meta: dict) -> Config:
 def _groups(cfg: GPTConfig, stage: str, meta: dict) -> list:
     config = _saved_config(meta)
     opts = getattr(config, stage)
-    if opts.optimizer != ("muon" if cfg.arch == "classic" else cfg.arch):
+    if opts.optimizer != recipe_name(cfg):
         raise UserError(
             f"The run was trained with --optimizer {opts.optimizer}, which nanochat of era {cfg.arch} does not have; "
             "export without its state (--no-optimizer)."
@@ -271,20 +313,21 @@ def _nanochat_meta(cfg: GPTConfig, meta: dict) -> dict:
     }
     if cfg.arch != "classic":
         config["window_pattern"] = cfg.window_pattern
-    state = meta["loop_state"]
+    state, saved = meta["loop_state"], _saved_config(meta)
+    options = getattr(saved, meta["stage"])
+    rates = {key: getattr(options, key) for key in ("embedding_lr", "unembedding_lr", "matrix_lr")}
     out = {
         "step": meta["step"],
-        "val_bpb": state.get("results", {}).get("val/bpb"),
+        "val_bpb": None,  # a step is saved before it is evaluated
         "model_config": config,
-        "user_config": {"run": "megacontext-jax", "depth": cfg.n_layer},
+        "user_config": {"run": "megacontext-jax", "depth": cfg.n_layer, **rates},
     }
     if meta["stage"] == "base":
-        options = meta["config"]["base"]
         best = state.get("best", float("inf"))
         out |= {
-            "device_batch_size": options["device_batch_size"],
+            "device_batch_size": options.device_batch_size,
             "max_seq_len": cfg.sequence_len,
-            "total_batch_size": options["total_batch_size"],
+            "total_batch_size": scaled(saved, "base").total_batch_size,
             "dataloader_state_dict": {"pq_idx": 0, "rg_idx": 0} | ({} if is_list(cfg) else {"epoch": 1}),
             "loop_state": {
                 "min_val_bpb": best,
@@ -305,6 +348,11 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: Path, flavour: str) -> list[P
     else:
         write_bytes(pickle, tokenizer_files.to_pickle(tokenizer.vocabulary))
     counts = folder / "token_bytes.pt"
+    table = tokenizer.token_bytes(legacy=flavour == "legacy")
     if not counts.exists():
-        write_torch_file(counts, tokenizer.token_bytes(legacy=flavour == "legacy"))
+        write_torch_file(counts, table)
+    else:
+        with TorchFile(counts) as file:
+            if not isinstance(file.tree, StoredTensor) or not np.array_equal(file.tree.read(), table):
+                raise UserError(f"{counts} counts otherwise and is not overwritten; give another --out.")
     return [pickle, counts]

@@ -45,7 +45,7 @@ class Arch:
     window_pattern: str = "L"  # of new models, tiled over the layers; the last layer is always long
     short_divisor: int = 2  # the short window is the sequence length over this,
     short_tile: int = 0  # rounded up to this (0: rounded down to a whole number)
-    round_width: bool = False  # width rounded up to whole heads of the size asked for
+    width_rule: str = "shared"  # of odd depths: shared, kept or whole_heads, see `config_for_depth`
 
 
 SMEAR_CHANNELS = 24  # of the embedding, read by the smear gate
@@ -62,9 +62,11 @@ _CLASSIC = Arch(
     qk_scale=1.0,
 )
 # 11 to 16 January 2026 (b33e394): scales per layer, sliding windows.
-_ERA2 = replace(_CLASSIC, name="era2", init=Init(), lambdas=True, window_pattern="SSSL", round_width=True)
+_ERA2 = replace(_CLASSIC, name="era2", init=Init(), lambdas=True, window_pattern="SSSL", width_rule="kept")
 # 18 January to 2 March 2026 (2c062aa): value embeddings.
-_ERA3 = replace(_ERA2, name="era3", init=Init(x0=(0.1, 0.1)), ve_channels=32, ve_scale=2.0, round_width=True)
+_ERA3 = replace(
+    _ERA2, name="era3", init=Init(x0=(0.1, 0.1)), ve_channels=32, ve_scale=2.0, width_rule="whole_heads"
+)
 # 2 to 9 March 2026 (324e69c): another soft cap; nothing in a file tells it from era3.
 _ERA3B = replace(_ERA3, name="era3b", softcap=20.0)
 # 9 to 14 March 2026 (6ed7d1d): a longer rotary base, sharper attention, narrower gates, windows in tiles.
@@ -265,11 +267,14 @@ def config_for_depth(
         raise UserError(f"Unknown architecture {arch!r}; choose one of {', '.join(ARCHS)}.")
     width = depth * aspect_ratio
     heads = max(1, -(-width // head_dim))
-    if ARCHS[arch].round_width:
+    rule = ARCHS[arch].width_rule
+    if rule == "whole_heads":  # heads of exactly the size asked for
         width = heads * head_dim
-    elif width % heads:  # the divisor of the width nearest to the wanted number, the larger of two
+    elif rule == "kept":  # the divisor of the width nearest to the wanted number of heads, the larger of two
         ideal = max(1, round(width / head_dim))
         heads = min((h for h in range(1, width + 1) if width % h == 0), key=lambda h: (abs(h - ideal), -h))
+    else:  # rounded up until the heads share it (nanochat's classic refuses such depths)
+        width = _round_up(width, heads)
     return GPTConfig(
         arch=arch,
         n_layer=depth,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megacontext_jax.model.arch import GPTConfig
-from megacontext_jax.model.attention import AttentionFn, blocked_attention
+from megacontext_jax.model.attention import AttentionFn, blocked_attention, reference_attention
 from megacontext_jax.model.loss import capped_logits
 
 EPS = float(np.finfo(np.float32).eps)  # also for bfloat16 activations, as in nanochat
@@ -67,7 +67,10 @@ def linear(x, w_OI):
 def rope_table(cfg: GPTConfig, positions, dtype):
     """cos and sin of the rotary angles, shape [*positions.shape, D/2]."""
     D = cfg.head_dim
-    freqs = cfg.constants.rope_base ** (-np.arange(0, D, 2, dtype=np.float32) / D)
+    # in nanochat's order of float32 roundings: the tables of early generations are rounded further, to bfloat16
+    freqs = 1.0 / np.float32(cfg.constants.rope_base) ** (
+        np.arange(0, D, 2, dtype=np.float32) / np.float32(D)
+    )
     angles = positions[..., None].astype(jnp.float32) * freqs
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if cfg.constants.rope_bf16:
@@ -212,6 +215,8 @@ def hidden_states(
 
     def run(window, x_BTC, x0_BTC, layer, value):
         x_BTC = enter_block(layer, x_BTC, x0_BTC)
+        if value is not None:
+            value = value | {"rows": place(value["rows"])}
         with jax.named_scope("attention"):
             attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope, value), window=window)
         return place(close_block(layer, x_BTC, attn_BTHD))
@@ -235,9 +240,7 @@ def hidden_states(
     return leave_trunk(params, *carry)
 
 
-def residual_stream(
-    params, cfg: GPTConfig, ids_BT, *, attention: AttentionFn = blocked_attention, dtype=jnp.float32
-):
+def residual_stream(params, cfg: GPTConfig, ids_BT, *, dtype=jnp.float32):
     """The stream [B, T, C] after every block, then the final normed activations: the plain form, layer by layer."""
     T, ve_layers = ids_BT.shape[1], cfg.value_embed_layers()
     rope = rope_table(cfg, jnp.arange(T), dtype)
@@ -249,7 +252,9 @@ def residual_stream(
         layer = {name: w[i] for name, w in layers.items()}
         value = {name: w[ve_layers.index(i)] for name, w in values.items()} if i in ve_layers else None
         x_BTC = enter_block(layer, x_BTC, x0_BTC)
-        attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope, value), window=window if window < T else None)
+        attn_BTHD = reference_attention(
+            *qkv(layer, cfg, x_BTC, rope, value), window=window if window < T else None
+        )
         x_BTC = close_block(layer, x_BTC, attn_BTHD)
         stream.append(x_BTC)
     return [*stream, leave_trunk(params, x_BTC, stream[cfg.n_layer // 2])]

@@ -138,19 +138,16 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     loop_state: dict = {}
     if resume_step is not None:
         meta = checkpoints.read_meta(resume_step)
-        checkpoints.check_compatible(
-            meta["identity"], asked_of(meta, setup.identity), setup.identity_defaults
-        )
+        known = meta["identity"]
+        asked = {k: v for k, v in setup.identity.items() if k in known or not meta.get("partial_identity")}
+        checkpoints.check_compatible(known, asked, setup.identity_defaults)
         if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
             print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
             return 0
         restored = checkpoints.restore(resume_step, params_like=template.params, opt_like=template.opt_state)
         step_array = jax.device_put(np.int32(resume_step), template.step.sharding)
         state = TrainState(restored.params, restored.opt_state, step_array)
-        if "nanochat" in meta:
-            continue_data(setup.stream, restored.data_states[0])
-        else:
-            setup.stream.set_state(restored.data_state)
+        setup.stream.set_state(restored.data_state)
         loop_state = meta["loop_state"]
         print0(f"Continuing {setup.folder.name} at step {resume_step} of {n_steps}.")
     else:
@@ -299,19 +296,6 @@ def next_batch(setup: Setup) -> dict:
         name: meshes.global_batch(setup.mesh, rows[name].reshape(A, -1, rows[name].shape[-1]))
         for name in ("inputs", "targets")
     }
-
-
-def asked_of(meta: dict, identity: dict) -> dict:
-    """What a run must share with its checkpoint: of one imported from nanochat only what that knows."""
-    return {key: identity[key] for key in meta["identity"]} if "nanochat" in meta else identity
-
-
-def continue_data(stream, position: dict) -> None:
-    """Goes to where nanochat would continue its own data: the row group after the one it read last."""
-    if not position:
-        print0("The imported checkpoint holds no place in the data; it is read from the beginning.")
-        return
-    stream.seek(position["pq_idx"], position["rg_idx"] + 1, position.get("epoch", 1))
 
 
 def section_slug(stage: str) -> str:

@@ -61,19 +61,25 @@ def scaled(config: Config, stage: str) -> Scaled:
     """
     opts = getattr(config, stage)
     recipe = RECIPES[opts.optimizer]
-    cfg = model_of(config)
-    reference = model_of(replace(config, model=replace(config.model, depth=REFERENCE_DEPTH)))
-    ratio = counted_params(cfg, recipe.count_all) / counted_params(reference, recipe.count_all)
-    batch = opts.total_batch_size
+    batch, decay = opts.total_batch_size, opts.weight_decay
+    if batch < 1 and batch != -1:
+        raise UserError(f"--total-batch-size {batch} must be a number of tokens, or -1 to derive it.")
+    if stage != "base":
+        return Scaled(REFERENCE_BATCH if batch == -1 else batch, 1.0, decay)
     if batch == -1:
-        batch = REFERENCE_BATCH if stage != "base" else 2 ** round(math.log2(REFERENCE_BATCH * ratio**0.383))
+        batch = 2 ** round(math.log2(REFERENCE_BATCH * _horizon_ratio(config, recipe.count_all) ** 0.383))
     relative = math.sqrt(batch / REFERENCE_BATCH)
-    decay = opts.weight_decay
-    if stage == "base" and recipe.decay_scaling == "depth":
-        decay *= (REFERENCE_DEPTH / cfg.n_layer) ** 2
-    elif stage == "base" and recipe.decay_scaling == "horizon":
-        decay *= relative / ratio
-    return Scaled(batch, relative if stage == "base" and recipe.scale_rates else 1.0, decay)
+    if recipe.decay_scaling == "depth":
+        decay *= (REFERENCE_DEPTH / config.model.depth) ** 2
+    elif recipe.decay_scaling == "horizon":
+        decay *= relative / _horizon_ratio(config, recipe.count_all)
+    return Scaled(batch, relative if recipe.scale_rates else 1.0, decay)
+
+
+def _horizon_ratio(config: Config, count_all: bool) -> float:
+    """Tokens of this model over those of the same at depth 12, at equal tokens per parameter."""
+    reference = replace(config, model=replace(config.model, depth=REFERENCE_DEPTH, n_kv_head=0))
+    return counted_params(model_of(config), count_all) / counted_params(model_of(reference), count_all)
 
 
 def counted_params(cfg: GPTConfig, count_all: bool) -> int:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
+from megacontext_jax.errors import UserError
 from megacontext_jax.train.recipes import CLASSIC_MOMENTUM, Momentum, Recipe
 
 
@@ -18,6 +19,10 @@ class Schedules(NamedTuple):
 
 def schedules(opts, recipe: Recipe, num_iterations: int, *, first_stage: bool) -> Schedules:
     """The schedules of a stage with options `opts`; the recipe's own momentum is that of the first stage."""
+    if opts.warmup_steps and opts.warmup_ratio:
+        raise UserError(
+            f"--warmup-steps {opts.warmup_steps} and --warmup-ratio {opts.warmup_ratio} are both set; set one to 0."
+        )
     return Schedules(
         lr_multiplier(
             num_iterations,

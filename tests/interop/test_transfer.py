@@ -165,8 +165,16 @@ def test_a_base_directory_comes_over_with_its_tokenizer(era, tmp_path, capsys):
             assert json.loads(other.read_text()) == json.loads(path.read_text())
     with pytest.raises(UserError, match="not overwritten"):
         export_nanochat.main(["-i", "base", "--out", str(tmp_path / "out")])
-    with pytest.raises(UserError, match="not overwritten"):
-        import_nanochat.main([str(base)])
+    import_nanochat.main([str(base)])
+    assert "is there already" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--as"):
+        import_nanochat.main(
+            [str(GOLDEN / "nanochat/head_mha_L"), "--tag", "d2", "--tokenizer", str(base / "tokenizer")]
+        )
+    (tmp_path / "out/base_checkpoints/d2/model_000007.pt").unlink()
+    (tmp_path / "out/base_checkpoints/d2/optim_000007_rank5.pt").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="rank5"):
+        export_nanochat.main(["-i", "base", "--out", str(tmp_path / "out")])
 
 
 def opened(folder: Path):

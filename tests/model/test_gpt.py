@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 from functools import partial
 
@@ -262,6 +263,17 @@ def test_initial_parameters_have_nanochats_statistics(golden, arch):
         if arch != "classic" and name not in ("transformer.wte.weight", "lm_head.weight"):  # bounded draws
             largest = max(abs(wanted["min"]), abs(wanted["max"]))
             assert np.abs(x).max() == pytest.approx(largest, rel=0.2, abs=1e-6), name
+
+
+def test_rotary_tables_are_nanochats_to_the_last_bit():
+    """Heads of 128 over 2,048 positions, as PyTorch (adb5d4a, CPU) rounds them to bfloat16: SHA-256 of its bytes."""
+    cfg = GPTConfig("classic", 2048, 256, n_layer=1, n_head=2, n_kv_head=2, n_embd=256)
+    tables = gpt.rope_table(cfg, jnp.arange(2048), jnp.bfloat16)
+    digests = [hashlib.sha256(np.asarray(table).tobytes()).hexdigest() for table in tables]
+    assert digests == [
+        "e933d01d5a1351e7b88ffa5ba6782677b7b9c6c3123ab84e7b831408df765ba1",
+        "e08e58fd7f8b611dfd5342621acc69afbb279a1cc2f10ef4209050d91575de6f",
+    ]
 
 
 def test_smear_mixes_in_the_token_before_and_only_that(tiny):
