@@ -146,7 +146,7 @@ class PretrainStream(BatchStream):
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """As of every stream; besides a `{"place": {"file", "row_group", "epoch"}}` to begin at."""
-        if "place" in state:
+        if isinstance(state, Mapping) and "place" in state:
             self.seek(**state["place"])
         else:
             super().set_state(state)

@@ -116,7 +116,7 @@ def test_files_that_do_not_fit_are_refused_in_one_sentence(tmp_path):
         ("text.npz", "npz"),
         ("no_ids.npz", "input_ids"),
         ("flat.npz", "table"),
-        ("big.npz", "256"),
+        ("big.npz", "from 0 to 255"),
         ("shape.npz", "shape"),
         ("nothing.npz", "no quantity"),
         ("no_targets.npz", "no targets"),

@@ -119,7 +119,7 @@ def test_a_model_of_every_era_comes_back_bit_equal(case, stranger, tmp_path):
     done = import_checkpoint(found, softcap=softcap)
     assert done.cfg.logit_cap == (20.0 if softcap else 15.0)
     out = export_checkpoint(done.folder, tmp_path / "out")
-    model, meta = (p for p in out.files if p.name.startswith(("model", "meta")))
+    meta, model = (p for p in out.files if p.name.startswith(("model", "meta")))
     assert_bit_equal(model, found.model)
     assert json.loads(meta.read_text()) == found.meta
     assert model.name == found.model.name
