@@ -49,7 +49,8 @@ def test_eight_devices_give_the_single_device_curve(single, data, fsdp, tensor, 
     np.testing.assert_allclose(run["losses"], wanted["losses"], rtol=1e-5)
     # fsdp and tensor split the parameters; the optimiser state is split over data as well
     assert run["shares"]["params"] < 1.1 / (fsdp * tensor)
-    assert run["shares"]["opt"] < 1.1 / (data * fsdp * tensor)
+    whole = 1.15 if optimizer == "latest" else 1.1  # gates and scales are small and whole everywhere
+    assert run["shares"]["opt"] < whole / (data * fsdp * tensor)
 
 
 def test_two_processes_give_the_single_device_curve(single):
