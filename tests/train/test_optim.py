@@ -131,9 +131,9 @@ def test_five_training_steps_equal_nanochats(golden, arch):
     )  # the fifth of `latest` is at 1.3e-5
     final = by_name(cfg, state.params)
     for name, wanted in zip(z["param_names"], z["final_param_norms"], strict=True):
-        # AdamW's first steps divide by |g|: rounding decides the sign where an embedding's gradient is tiny, and
-        # the gradient of backout_lambda is one sum of terms that cancel (docs/parity.md)
-        tolerance = 1e-4 if name in ("transformer.wte.weight", "backout_lambda") else 1e-5
+        # AdamW's first steps divide by |g|: rounding decides the sign where a gradient is tiny or its terms cancel;
+        # PyTorch with the rows of a batch swapped differs from itself by as much
+        tolerance = 1e-5 if ".h." in name else 1e-4
         assert np.linalg.norm(np.float64(final[name])) == pytest.approx(float(wanted), rel=tolerance), name
     for key in z.files:
         kind, _, name = key.partition(":")
