@@ -1,4 +1,4 @@
-"""Metric streams: one JSONL file per run, always, and Weights & Biases beside it when asked for.
+"""Metric streams: one JSONL file per run, always; Weights & Biases and OpenTelemetry beside it when asked for.
 
 `open_metrics` decides once, at the start, what a run writes to, and says so (`Metrics.describe`). The JSONL
 file is the truth: it follows the run through kills and resumes without doubled or torn lines.
@@ -19,10 +19,12 @@ from urllib.parse import urlsplit
 
 from megacontext_jax.errors import UserError
 from megacontext_jax.files import write_bytes
+from megacontext_jax.telemetry.otel import off_because, open_otel
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_FILE = "wandb_run.json"
 PROJECTS = {"base": "nanochat", "mid": "nanochat-mid", "sft": "nanochat-sft", "rl": "nanochat-rl"}
+SERVICE = "megacontext-train"  # OpenTelemetry's service.name
 NO_WANDB_NAME = "dummy"  # nanochat's run name for "no wandb"
 INIT_TIMEOUT_S = 20.0
 FINISH_TIMEOUT_S = 120.0
@@ -151,19 +153,32 @@ class WandbSink:
 class Metrics:
     """Fans every record out to its sinks. Closing it twice is fine; as a context manager it closes itself."""
 
-    def __init__(self, sinks: list[Any], path: Path | None, wandb_status: str):
+    def __init__(self, sinks: list[Any], path: Path | None, wandb_status: str, otel_status: str = "off"):
         self._sinks = sinks
         self.path = path
         self.wandb_status = wandb_status
+        self.otel_status = otel_status
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Writes one record; values are numbers, strings or small arrays (anything with `.tolist()`)."""
         for sink in self._sinks:
             sink.log(values, int(step))
 
+    def event(self, kind: str, fields: Mapping[str, Any], session_id: str = "") -> None:
+        """Hands an event (see `names.SPANS`) to the sinks that take events: OpenTelemetry, as a span.
+
+        Fields are numbers, strings, None, small arrays, and lists and mappings of them.
+        """
+        takers = [sink for sink in self._sinks if hasattr(sink, "event")]
+        if takers:
+            plain = {str(key): _parsed(_plain(value)) for key, value in fields.items()}
+            for sink in takers:
+                sink.event(kind, plain, session_id)
+
     def describe(self) -> str:
         """One line for the console: where the metrics go."""
-        return f"metrics: {self.path or 'written by process 0'} | wandb: {self.wandb_status}"
+        where = self.path or "written by process 0"
+        return f"metrics: {where} | wandb: {self.wandb_status} | otel: {self.otel_status}"
 
     def close(self, exit_code: int = 0) -> None:
         sinks, self._sinks = self._sinks, []
@@ -187,6 +202,7 @@ def open_metrics(
     wandb_mode: str = "auto",
     primary: bool = True,
     say: Callable[[str], None] | None = None,
+    project: str | None = None,
 ) -> Metrics:
     """Opens the metric streams of one run; call it before any long work.
 
@@ -200,11 +216,13 @@ def open_metrics(
             that is dropped. None: a fresh start; an older metrics file is moved aside.
         wandb_mode: auto, online, offline or disabled. auto follows WANDB_MODE, then WANDB_API_KEY.
         primary: False on all processes but the first, which write nothing.
-        say: receives the sentences for the user; standard error by default.
+        say: receives the sentences for the user; standard error by default. One of them may come from the
+            thread that sends to OpenTelemetry.
+        project: wandb's project, in the place of the stage's.
 
     Raises:
-        UserError: a bad mode or stage, a folder that cannot be written, or MEGACONTEXT_ENABLE_WANDB=1 and
-            wandb cannot be reached.
+        UserError: a bad mode or stage, a folder that cannot be written, MEGACONTEXT_ENABLE_WANDB=1 and
+            wandb cannot be reached, or a MC_OTEL_ENDPOINT that is no address or lacks its package.
     """
     if stage not in PROJECTS:
         raise UserError(f"Unknown stage '{stage}' for metrics; use one of {', '.join(PROJECTS)}.")
@@ -218,31 +236,34 @@ def open_metrics(
         raise UserError(f"Cannot create {run_dir} ({error.strerror}); make its parent writable.") from None
 
     mode, why = _wandb_mode(wandb_mode, run_name)
-    wandb_sink, status = None, f"off ({why})"
-    if mode != "disabled":
-        name = run_name if run_name not in ("", NO_WANDB_NAME) else run_dir.name
-        try:
-            identity = _wandb_identity(run_dir, fresh=resume_step is None)
-            run = _init_wandb(run_dir, mode, PROJECTS[stage], name, identity, _plain(dict(config or {})))
-            wandb_sink, status = WandbSink(run, say), f"{mode}, project {PROJECTS[stage]}, run {name}"
-            if mode == "online" and run.url:
-                status += f", {run.url}"
-        except _Unreachable as error:
-            if _enforced():
-                raise UserError(
-                    f"MEGACONTEXT_ENABLE_WANDB=1 but wandb cannot be reached ({error}); set WANDB_API_KEY "
-                    "and check the network, use WANDB_MODE=offline, or unset MEGACONTEXT_ENABLE_WANDB."
-                ) from None
-            status = f"off ({error})"
-            say(f"wandb cannot be reached ({error}); the run goes on with {run_dir / METRICS_FILE}.")
-    # The file is opened last: a start refused above leaves the curves of the run before it alone.
-    try:
+    name = run_name if run_name not in ("", NO_WANDB_NAME) else run_dir.name
+    project = project or PROJECTS[stage]
+    with contextlib.ExitStack() as opened:  # what is open is closed if the start is refused
+        otel = open_otel(SERVICE, name, say=say)
+        if otel:
+            opened.callback(otel.close, exit_code=1)
+        wandb_sink, status = None, f"off ({why})"
+        if mode != "disabled":
+            try:
+                identity = _wandb_identity(run_dir, fresh=resume_step is None)
+                run = _init_wandb(run_dir, mode, project, name, identity, _plain(dict(config or {})))
+                wandb_sink, status = WandbSink(run, say), f"{mode}, project {project}, run {name}"
+                opened.callback(wandb_sink.close, exit_code=1)
+                if mode == "online" and run.url:
+                    status += f", {run.url}"
+            except _Unreachable as error:
+                if _enforced():
+                    raise UserError(
+                        f"MEGACONTEXT_ENABLE_WANDB=1 but wandb cannot be reached ({error}); set WANDB_API_KEY "
+                        "and check the network, use WANDB_MODE=offline, or unset MEGACONTEXT_ENABLE_WANDB."
+                    ) from None
+                status = f"off ({error})"
+                say(f"wandb cannot be reached ({error}); the run goes on with {run_dir / METRICS_FILE}.")
+        # The file is opened last: a start refused above leaves the curves of the run before it alone.
         jsonl = JsonlSink(run_dir / METRICS_FILE, resume_step)
-    except UserError:
-        if wandb_sink:
-            wandb_sink.close(exit_code=1)
-        raise
-    return Metrics([jsonl, wandb_sink] if wandb_sink else [jsonl], jsonl.path, status)
+        opened.pop_all()
+    otel_status = otel.describe() if otel else f"off ({off_because()})"
+    return Metrics([sink for sink in (jsonl, wandb_sink, otel) if sink], jsonl.path, status, otel_status)
 
 
 class _Unreachable(Exception):

@@ -19,6 +19,7 @@ WANDB_VARIABLES = (
     "WANDB_INIT_TIMEOUT",
     "WANDB_IDENTITY_TOKEN_FILE",
     "MEGACONTEXT_ENABLE_WANDB",
+    "MC_OTEL_ENDPOINT",
 )
 
 
@@ -239,6 +240,30 @@ class TestWandb:
             open_metrics(tmp_path, stage="base", run_name="dummy")
         assert not (tmp_path / "metrics.jsonl").exists()
 
+    def test_enforced_without_the_package_fails_at_the_start(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("MEGACONTEXT_ENABLE_WANDB", "1")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        with pytest.raises(
+            UserError, match=r"MEGACONTEXT_ENABLE_WANDB=1.*the wandb package cannot be imported"
+        ):
+            open_metrics(tmp_path, stage="base")
+        assert not (tmp_path / "metrics.jsonl").exists()
+
+    def test_project_can_be_named(self, tmp_path, monkeypatch):
+        projects = []
+
+        def init(run_dir, mode, project, *rest):
+            projects.append(project)
+            return FakeRun()
+
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setattr(sinks, "_init_wandb", init)
+        for project in ("megacontext", None):
+            with open_metrics(tmp_path, stage="mid", project=project) as metrics:
+                assert f"offline, project {projects[-1]}, run" in metrics.describe()
+        assert projects == ["megacontext", "nanochat-mid"]
+
     def test_enforced_but_disabled_is_a_contradiction(self, tmp_path, monkeypatch):
         monkeypatch.setenv("MEGACONTEXT_ENABLE_WANDB", "true")
         monkeypatch.setenv("WANDB_MODE", "disabled")
@@ -338,6 +363,6 @@ class TestWandb:
 
 
 def test_telemetry_does_not_import_jax():
-    modules = "sinks, progress, hardware, report, plots"
+    modules = "sinks, names, otel, progress, hardware, report, plots"
     code = f"from megacontext_jax.telemetry import {modules}; import sys; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

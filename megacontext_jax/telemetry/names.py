@@ -1,0 +1,147 @@
+"""The names of MegaContext's metric streams and events, and what each of them means here.
+
+The names are those of the PyTorch fork, so that its dashboards find them; where its figure was broken the meaning
+is the intended one. `{l}` stands for a level, `{h}` for a horizon in tokens, `{ratio}` for a compression ratio
+(raw tokens per entry of the context). Losses are in nats per token, times named `_ms` in milliseconds.
+"""
+
+import re
+from functools import cache
+
+METRICS: dict[str, str] = {
+    # every logged step
+    "step": "optimiser steps done before this record",
+    "total_training_flops": "FLOPs of all steps so far, estimated from the shapes",
+    "total_training_time": "seconds in steps so far, compilation left out",
+    "train/loss": "debiased moving average of the step's total loss",
+    "train/loss_lod0": "next-token NLL of the raw sequences of the step",
+    "train/lrm": "learning-rate multiplier",
+    "train/dt": "seconds of the step",
+    "train/tok_per_sec": "tokens of text per second",
+    "train/mfu": "model FLOPs of the work really done over the devices' peak, in percent",
+    "train/grad_norm": "global norm of the gradients",
+    "train/tokens_per_step": "tokens of text per optimiser step",
+    "train/grad_accum_steps": "forward and backward passes per optimiser step",
+    "mc/grad_accum_steps": "the same with the variants packed into the batch",
+    # latency
+    "mc/time_controller_ms": "building tree, variants and positions and scoring them, without the model",
+    "mc/build_ms": "building the tree of gists",
+    "mc/positional_ms": "positions and rotary tables of the working contexts",
+    "mc/focus_ms": "one pass of the focus allocator",
+    "mc/base_forward_ms": "the model's forward pass over the packed contexts",
+    "mc/lens_forward_ms": "LensNet's forward pass",
+    "mc/lens_loss_ms": "LensNet's loss, given the scores",
+    "mc/lens_ms": "LensNet's forward pass and loss together",
+    "time/forward_ms": "forward and backward pass",
+    "time/optimizer_ms": "the optimiser's update",
+    "time/dataloader_ms": "waiting for the batch",
+    # variants against the raw sequence
+    "mc/variants_mean": "variants per sequence",
+    "mc/variants_total": "variants in the step",
+    "mc/adv_delta_mean": "mean over variants of NLL(variant) - NLL(raw) on the same targets",
+    "mc/adv_delta_p95": "95th percentile over variants of that difference",
+    "mc/adv_delta_std": "standard deviation over variants of that difference",
+    "mc/lod_loss/{l}": "NLL of the variants, weighted by the share of their entries on level l",
+    "mc/lod_delta/{l}": "NLL(variant) - NLL(raw), weighted the same way, for levels above 0",
+    "mc/lod_count/{l}": "entries of level l in the step's working contexts",
+    "mc/delta_nll_h{h}": "mean NLL of the next h tokens given the compressed context minus given the raw one",
+    "mc/delta_nll_h{h}_p95": "95th percentile of that difference over sequences",
+    "mc/delta_nll_h{h}/level_{l}": "mean of that difference over contexts whose coarsest entry is of level l",
+    "mc/delta_nll_h{h}/ratio_{ratio}": "mean of that difference over contexts of this compression ratio",
+    "mc/gist_regression_loss": "loss of the predicted next gists against the true ones",
+    "mc/gist_regression_loss/level_{l}": "the same for gists of level l",
+    # the lens
+    "mc/lens_loss": "LensNet's preference loss over pairs of variants, as optimised",
+    "mc/preference_corr_mean": "mean correlation of score and measured preference; 0 where it is undefined",
+    "mc/preference_corr_max": "largest of these correlations",
+    "mc/preference_corr_min": "smallest of these correlations",
+    "mc/preference_corr_mean_valid": "mean correlation over the samples in which it is defined",
+    "mc/preference_corr_max_valid": "largest of these correlations",
+    "mc/preference_corr_min_valid": "smallest of these correlations",
+    "mc/preference_pair_count": "pairs of variants LensNet learned from",
+    "mc/preference_agreement": "share of pairs whose scores point the way the measured losses do",
+    "mc/policy_score_abs_mean": "mean absolute score",
+    "mc/policy_score_std_mean": "standard deviation of the scores in a context, mean over contexts",
+    "mc/pref_span_corr": "correlation of scores and targets over the supervised entries",
+    # the focus allocator
+    "mc/swap_rate": "entries replaced by a refocus over the entries of the context before it",
+    "mc/utilization": "valid entries of the working context over its budget",
+    "mc/residency_mean": "mean number of refocuses the entries of the context have stayed in it",
+    "mc/residency_p95": "95th percentile of that number",
+    # evaluation
+    "val/bpb": "bits per byte of held-out text",
+    "core_metric": "CORE: mean centred accuracy over its tasks",
+    "centered_results": "centred accuracy of each task",
+    "mc/runtime_tokens": "tokens fed to the runtime stream",
+    "mc/runtime_original_tokens": "tokens of history the stream's contexts stand for",
+    "mc/runtime_wc_tokens": "entries of the working contexts that stood for them",
+    "mc/runtime_refocus_updates": "refocuses while streaming",
+    "mc/runtime_prefill_replacements": "replacements while the first contexts were built",
+    "mc/runtime_refocus_replacements": "replacements by these refocuses",
+    "mc/runtime_total_ms": "time of the whole stream",
+}
+
+SPANS: dict[str, tuple[str, ...]] = {
+    "mc_batch_counters": ("step", "sibling_expands", "sibling_collapses", "allocator_edits"),
+    "lensnet_usage": (
+        "context",
+        "label",
+        "batched_calls",
+        "batched_variants",
+        "batched_tokens",
+        "allocator_calls",
+        "allocator_tokens",
+    ),
+    "gistnet_usage": ("context", "label", "calls", "block_batches", "block_tokens"),
+    "focus_allocator": (
+        "tag",
+        "source",
+        "lod_hint",
+        "edits",
+        "swap_rate",
+        "num_expand",
+        "num_collapse",
+        "wc_length",
+        "utilization",
+        "residency_mean",
+        "residency_p95",
+        "score_mean",
+        "score_std",
+        "score_max",
+        "score_min",
+    ),
+    "mc_tree_snapshot": ("tag", "summary", "total_tokens", "max_lod", "access"),
+    "working_context_snapshot": ("tag", "length", "lods", "positions", "events"),
+    "delta_nll": ("mean", "p95", "horizon"),
+    "lod_metrics": ("lod_{l}_loss",),
+    "lod_counts": ("lod_{l}_count",),
+    "variant_fallbacks": ("count",),
+    "mc_batch_stats": ("variants_total", "variants_mean", "variants_max", "variants_min"),
+    "mc_preflight": ("message", "ok"),
+}
+
+_NUMBERS = {"{l}": r"\d+", "{h}": r"\d+", "{ratio}": r"\d+(?:\.\d+)?"}
+
+
+def is_known(name: str) -> bool:
+    """Whether a metric has this name, numbers in the place of placeholders."""
+    return bool(meaning(name))
+
+
+@cache
+def meaning(name: str) -> str:
+    """One line on what a metric is; empty for a name that is not listed."""
+    if "{" in name:
+        return ""
+    return next((text for pattern, text in _patterns() if pattern.fullmatch(name)), "")
+
+
+@cache
+def _patterns() -> list[tuple[re.Pattern, str]]:
+    patterns = []
+    for name, text in METRICS.items():
+        pattern = re.escape(name)
+        for placeholder, numbers in _NUMBERS.items():
+            pattern = pattern.replace(re.escape(placeholder), numbers)
+        patterns.append((re.compile(pattern, re.ASCII), text))
+    return patterns
