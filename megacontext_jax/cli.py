@@ -32,7 +32,30 @@ SHORT = {
     "-m": "max-tokens",
     "-b": "eval-batch-size",
 }
-ALIASES = {"model-tag": "tag", "model-step": "step", "gpu": "profile", "device-type": "platform"}
+ALIASES = {
+    "model-tag": "tag",
+    "model-step": "step",
+    "gpu": "profile",
+    "device-type": "platform",
+    "mc-enabled": "mc",
+    "mc-tree-type": "mc-tree",
+    "gist-block": "block-size",
+    "gistnet": "gistnet-type",
+    "lensnet": "lensnet-type",
+    "allocator": "allocator-type",
+    "positional": "positional-type",
+}
+# Flags of the PyTorch fork that have nothing to turn here: accepted, with what takes their place.
+REPLACED = {
+    "mc-random-variant-iterations": "contexts of the wanted width are drawn directly, without retries",
+    "mc-compile-gistnet": "the whole step is compiled",
+    "mc-compile-lensnet": "the whole step is compiled",
+    "mc-lens-adv-norm-beta": "advantages are normed by the spread of their own step",
+    "mc-max-lod": "--mc-levels sets the levels of gists",
+    "build-workers": "the tree of a whole batch is built in one call per level",
+    "cache-lod0": "embeddings are never kept beside the tokens",
+    "telemetry-interval": "--log-every and --eval-every set it",
+}
 
 
 def run_main(main: Callable[[list[str]], int | None]) -> None:
@@ -59,7 +82,7 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
     before it how the architecture is trained: that of `--arch`, of the run a stage starts from, or of the recipe.
     """
     wants_help = "-h" in argv or "--help" in argv
-    flags = _tokens([word for word in argv if word not in ("-h", "--help")])
+    flags = _accept_replaced(_tokens([word for word in argv if word not in ("-h", "--help")]))
 
     def last(name: str) -> str | None:
         return next((value for flag, value in reversed(flags) if flag == name), None)
@@ -79,8 +102,6 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
         print(_help(doc, config, source, stage, show))
         raise SystemExit(0)
     config = apply_flags(config, own, stage)
-    if config.run.mc:
-        raise UserError("--mc: this version has no MegaContext parts yet; leave the flag out.")
     return config
 
 
@@ -118,6 +139,25 @@ def _tokens(argv: list[str]) -> list[tuple[str, str | None]]:
         else:
             flags.append((name, None))
     return flags
+
+
+def _accept_replaced(flags: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
+    """Says what replaced the flags and values of the fork that mean nothing here, and drops them."""
+    kept = []
+    for name, value in flags:
+        if name in REPLACED:
+            print(f"Note: --{name} is not needed: {REPLACED[name]}.", file=sys.stderr)
+        elif (name, value) == ("allocator-type", "simple"):
+            print(
+                "Note: --allocator simple never existed in the fork's code; greedy takes its place.",
+                file=sys.stderr,
+            )
+            kept.append((name, "greedy"))
+        elif name.startswith(("mc-", "allocator-")) and value in ("", "None"):
+            continue  # the fork's scripts hand on empty values for "derive it"
+        else:
+            kept.append((name, value))
+    return kept
 
 
 def _help(doc: str, config: Config, source: str, stage: str | None, show: tuple[str, ...]) -> str:

@@ -29,7 +29,7 @@ class RunConfig:
     recipe: str = option("", "which recipe this is part of", free=True)
     run: str = option("", "wandb run name (default: the run folder); dummy = no wandb", free=True)
     tag: str = option("", "checkpoint tag (default d<depth>)", free=True)
-    mc: bool = option(False, "train with MegaContext (not in this version)", free=True)
+    mc: bool = option(False, "with MegaContext: gists, working contexts, lens")
     dry_run: bool = option(False, "print the plan and stop (recipes)", free=True)
     print_tag: bool = option(False, "print the checkpoint tag of this recipe and stop (plan)", free=True)
     fresh: bool = option(False, "start this stage again under a new tag; deletes nothing", free=True)
@@ -114,6 +114,7 @@ class StageConfig:
     embedding_lr: float = option(0.2, "learning rate of the embedding")
     unembedding_lr: float = option(0.004, "learning rate of the head")
     scalar_lr: float = option(0.2, "learning rate of gates and scalars, where the architecture has them")
+    context_lr: float = option(0.003, "learning rate of GistNet's and LensNet's heads, with --mc")
     init_lr_frac: float = option(1.0, "factor on every learning rate")
     weight_decay: float = option(
         0.0, "of the AdamW groups (muon, adamw); of Muon's matrices (era2 and later)"
@@ -138,6 +139,93 @@ class StageConfig:
     save_every: int = option(1000, "steps between checkpoints; -1 = only at the end", free=True)
     keep: int = option(2, "checkpoints kept", free=True)
     log_every: int = option(10, "steps between log lines", free=True)
+
+
+@dataclass(frozen=True)
+class MegaContextConfig:
+    """Everything of --mc; names are those of the PyTorch fork. -1 means: derive it."""
+
+    block_size: int = option(32, "tokens per gist; also gists per gist of the next level")
+    mc_levels: int = option(2, "levels of gists")
+    gistnet_type: str = option("transformer", "how a block becomes a gist", choices=("transformer", "mean"))
+    gistnet_layers: int = option(2, "layers of GistNet")
+    gistnet_pooling: str = option("mean", "from vectors to one", choices=("mean", "query", "cls"))
+    gistnet_head: str = option("mlp", "after pooling", choices=("mlp", "linear"))
+    lensnet_type: str = option("transformer", "how entries are scored", choices=("transformer",))
+    lensnet_layers: int = option(2, "layers of LensNet")
+    lensnet_head: str = option("mlp", "from states to scores", choices=("mlp", "linear"))
+    positional_type: str = option("gaussian", "gaussian, simple, gaussian_alibi or rank")
+    mc_aux_dtype: str = option(
+        "auto", "activations of GistNet and LensNet; auto = the model's", choices=("auto", "fp32", "bf16")
+    )
+    mc_freeze_base: bool = option(False, "train GistNet and LensNet only")
+    # working contexts in training
+    mc_train_wc_length: int = option(-1, "entries at the end of the curriculum; -1 = a quarter of the row")
+    mc_num_random_variants: int = option(2, "working contexts per sequence, beside the raw one")
+    mc_curriculum_share: float = option(0.4, "share of the steps in which they shrink from 80 % of the row")
+    mc_horizon: int = option(32, "H: tokens ahead over which differences in nats are reported")
+    mc_gist_delta_weight: float = option(0.0, "extra weight of contexts that do worse than the raw one")
+    mc_gist_token_weight: float = option(0.0, "weight of what gists predict, beside raw tokens")
+    mc_gist_regression_weight: float = option(0.02, "weight of forecasts of the next gist")
+    mc_lens_loss_weight: float = option(0.1, "weight of LensNet's loss")
+    mc_lens_rank_weight: float = option(0.5, "lens: expansions above collapses")
+    mc_lens_budget_weight: float = option(0.1, "lens: expansions and collapses in balance")
+    mc_lens_margin: float = option(0.1, "lens: by how much")
+    mc_lens_collapse_weight: float = option(1.0, "lens: weight of collapses")
+    mc_lens_temperature: float = option(1.0, "lens: of the scores")
+    mc_lens_kl_weight: float = option(0.0, "lens: towards undecided")
+    mc_lens_budget_smooth_weight: float = option(0.0, "lens: balance near its running mean")
+    mc_lens_budget_smooth_beta: float = option(0.9, "lens: of that mean")
+    mc_lens_hard_negative_ratio: float = option(1.0, "lens: share of the further pairs that is kept")
+    mc_max_lens_pairs: int = option(8, "lens: pairs per sequence")
+    # the focus allocator
+    allocator_type: str = option("greedy", "choice of edits", choices=("greedy", "stochastic_greedy"))
+    allocator_soft_max: int = option(-1, "budget in entries; -1 = mc_train_wc_length", free=True)
+    allocator_recent_tokens: int = option(
+        -1, "newest tokens that stay raw; -1 = 128, at most an eighth of the row"
+    )
+    allocator_expand_threshold: float = option(0.1, "score from which a gist may expand", free=True)
+    allocator_collapse_threshold: float = option(
+        0.1, "score (negative) from which a block may collapse", free=True
+    )
+    allocator_max_replacements: int = option(4, "edits per iteration", free=True)
+    allocator_iterations: int = option(2, "iterations per refocus", free=True)
+    allocator_sample_top_k: int = option(4, "stochastic_greedy: candidates", free=True)
+    allocator_sample_temperature: float = option(1.0, "stochastic_greedy: of the choice", free=True)
+    # inference
+    mc_lens: str = option(
+        "learned",
+        "what scores the entries when a model is used",
+        free=True,
+        choices=("learned", "attention", "lexical", "random", "none"),
+    )
+    mc_tree: str = option("ram", "where the tree of a session lives", free=True, choices=("ram", "disk"))
+    mc_eval_soft_max_length: int = option(-1, "budget in evaluation; -1 = allocator_soft_max", free=True)
+    mc_infer_allocator_max_replacements: int = option(
+        -1, "edits per iteration in use; -1 = as above", free=True
+    )
+    mc_infer_allocator_iterations: int = option(-1, "iterations in use; -1 = as above", free=True)
+    mc_infer_refocus_interval: int = option(32, "tokens between refocuses", free=True)
+    mc_infer_rebuild_max_replacements: int = option(
+        -1, "edits per iteration at the start; -1 = as above", free=True
+    )
+    mc_infer_rebuild_iterations: int = option(-1, "iterations at the start; -1 = as above", free=True)
+    # memory and telemetry
+    mc_auto_batch: bool = option(
+        True, "fit micro-batches to the memory the compiled step asks for", free=True
+    )
+    mc_auto_batch_safety: float = option(1.25, "use 1 / this of the device's memory", free=True)
+    mc_train_report: bool = option(False, "describe the working contexts at every log line", free=True)
+    mc_val_report: bool = option(True, "describe the working contexts at every validation", free=True)
+    mc_log_timers: bool = option(False, "time the stages at every validation", free=True)
+    mc_log_lod_ascii_train: bool = option(
+        False, "draw a working context of training at every validation", free=True
+    )
+    mc_log_lod_ascii_val: bool = option(
+        False, "draw a focused working context at every validation", free=True
+    )
+    mc_log_lens_debug: bool = option(False, "print the scores behind it", free=True)
+    mc_disable_val: bool = option(False, "no evaluation of MegaContext while training", free=True)
 
 
 @dataclass(frozen=True)
@@ -182,6 +270,7 @@ class Config:
         eval_every=100,
         save_every=-1,
     )
+    mc: MegaContextConfig = MegaContextConfig()
     eval: EvalConfig = EvalConfig()
     chat: ChatConfig = ChatConfig()
 

@@ -105,7 +105,7 @@ def our_arrays(model: Model, given: dict, objective: Objective, *, gradients: bo
     out[STREAM] = np.stack([np.asarray(x_BTC[0, (0, -1), :], np.float32) for x_BTC in blocks])
 
     def mean_loss(params, targets_BT):
-        total, weight = objective.loss(params, {"inputs": ids_BT, "targets": targets_BT}, None)
+        total, (weight, _) = objective.loss(params, {"inputs": ids_BT, "targets": targets_BT}, None)
         return total / jnp.maximum(weight, 1.0)
 
     gradient = jax.jit(jax.grad(mean_loss))

@@ -47,6 +47,17 @@ def reference_attention(q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None):
     return jnp.einsum("bhts,bshd->bthd", p_BHTS.astype(v_BTHD.dtype), v_BTHD)
 
 
+def biased_attention(bias_BHTT, q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None):
+    """Causal attention with a bias on the scores."""
+    H, K = q_BTHD.shape[2], k_BTKD.shape[2]
+    T = q_BTHD.shape[1]
+    k_BTHD, v_BTHD = (jnp.repeat(x, H // K, axis=2) for x in (k_BTKD, v_BTKD))
+    visible_TS = _visible(jnp.arange(T), jnp.arange(T), window)
+    return jax.nn.dot_product_attention(
+        q_BTHD, k_BTHD, v_BTHD, bias=bias_BHTT.astype(q_BTHD.dtype), mask=visible_TS
+    )
+
+
 def blocked_attention(q_BTHD, k_BTKD, v_BTKD, *, window: int | None = None, block: int = 64):
     """The same function, one block of queries at a time against the keys that it can see.
 

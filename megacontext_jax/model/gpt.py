@@ -10,6 +10,7 @@ activations is an argument. Source of the architecture: karpathy/nanochat; const
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,14 +65,15 @@ def linear(x, w_OI):
     return jnp.einsum("...i,oi->...o", x, w_OI.astype(x.dtype))
 
 
-def rope_table(cfg: GPTConfig, positions, dtype):
-    """cos and sin of the rotary angles, shape [*positions.shape, D/2]."""
+def rope_frequencies(cfg: GPTConfig) -> np.ndarray:
+    """float32 [D/2], radians per token, in nanochat's order of roundings."""
     D = cfg.head_dim
-    # in nanochat's order of float32 roundings: the tables of early generations are rounded further, to bfloat16
-    freqs = 1.0 / np.float32(cfg.constants.rope_base) ** (
-        np.arange(0, D, 2, dtype=np.float32) / np.float32(D)
-    )
-    angles = positions[..., None].astype(jnp.float32) * freqs
+    return 1.0 / np.float32(cfg.constants.rope_base) ** (np.arange(0, D, 2, dtype=np.float32) / np.float32(D))
+
+
+def rope_table(cfg: GPTConfig, positions, dtype):
+    """cos and sin of the rotary angles, shape [*positions.shape, D/2]; early generations round to bfloat16."""
+    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(cfg)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if cfg.constants.rope_bf16:
         cos, sin = cos.astype(jnp.bfloat16), sin.astype(jnp.bfloat16)
@@ -192,25 +194,46 @@ def fold_layers(cfg: GPTConfig, block, carry, layers, values, unroll: int | bool
     return fold(range(done, cfg.n_layer), done, carry, *rest)
 
 
-def hidden_states(
+class Entries(NamedTuple):
+    """What enters the transformer, one row per place of the sequence."""
+
+    x_BTC: jax.Array  # normed embeddings, smeared where the model does that
+    rope: tuple[jax.Array, jax.Array]  # cos and sin [T, D/2] or [B, T, D/2]
+    values: dict  # see `value_params`
+
+
+def token_entries(params, cfg: GPTConfig, ids_BT, dtype, place=lambda x_BTC: x_BTC) -> Entries:
+    """A sequence of tokens at positions 0, 1, ..."""
+    e_BTC = place(embed(params, ids_BT, dtype))
+    x_BTC = smear(params, e_BTC, shift_right(e_BTC))
+    rope = rope_table(cfg, jnp.arange(ids_BT.shape[1]), dtype)
+    return Entries(x_BTC, rope, value_params(params, ids_BT, dtype))
+
+
+def hidden_states(params, cfg: GPTConfig, ids_BT, *, dtype=jnp.float32, place=lambda x_BTC: x_BTC, **options):
+    """Final normed activations [B, T, C] of a sequence of tokens; options are those of `run_trunk`."""
+    entries = token_entries(params, cfg, ids_BT, dtype, place)
+    return run_trunk(params, cfg, entries, place=place, **options)
+
+
+def run_trunk(
     params,
     cfg: GPTConfig,
-    ids_BT,
+    entries: Entries,
     *,
     attention: AttentionFn = blocked_attention,
-    dtype=jnp.float32,
     remat: str = "none",
     unroll: int | bool = 1,
     place: Callable[[jax.Array], jax.Array] = lambda x_BTC: x_BTC,
 ):
-    """Final normed activations [B, T, C].
+    """Final normed activations [B, T, C] of all layers over the entries.
 
     `remat` is none, dots (keep matrix products) or full (keep block inputs); `unroll` is that of `lax.scan`
     over the layers (True: all of them, faster on CPUs and slower to compile); `place` puts the residual
     stream on a mesh, since weights split over the same devices would otherwise pull it with them.
     """
-    T, middle, period = ids_BT.shape[1], cfg.n_layer // 2, cfg.layer_period()[0]
-    rope = rope_table(cfg, jnp.arange(T), dtype)
+    x0_BTC, rope, values = entries
+    T, middle, period = x0_BTC.shape[1], cfg.n_layer // 2, cfg.layer_period()[0]
     windows = [window if window < T else None for window in cfg.windows()]
 
     def run(window, x_BTC, x0_BTC, layer, value):
@@ -233,10 +256,8 @@ def hidden_states(
             kept_BTC = jnp.where(index == middle, x_BTC, kept_BTC)
         return x_BTC, kept_BTC
 
-    e_BTC = place(embed(params, ids_BT, dtype))
-    x0_BTC = smear(params, e_BTC, shift_right(e_BTC))
     carry = x0_BTC, (x0_BTC if cfg.constants.backout else None)
-    carry = fold_layers(cfg, block, carry, layer_params(params), value_params(params, ids_BT, dtype), unroll)
+    carry = fold_layers(cfg, block, carry, layer_params(params), values, unroll)
     return leave_trunk(params, *carry)
 
 

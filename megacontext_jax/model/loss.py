@@ -38,50 +38,60 @@ def chunked_nll(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int, sli
     return _join(nll_nBt)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def nll_sum(x_BTC, head_VC, targets_BT, softcap: float, vocab_size: int, slices: int = 1):
     """Sum of the negative log-likelihoods of the targets that are not -1; differentiable in x and head."""
-    return chunked_nll(x_BTC, head_VC, targets_BT, softcap, vocab_size, slices).sum()
+    weights_BT = (targets_BT >= 0).astype(jnp.float32)
+    return weighted_nll(x_BTC, head_VC, targets_BT, weights_BT, softcap, vocab_size, slices)[0]
 
 
-def _nll_sum_fwd(x_BTC, head_VC, targets_BT, softcap, vocab_size, slices):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def weighted_nll(x_BTC, head_VC, targets_BT, weights_BT, softcap: float, vocab_size: int, slices: int = 1):
+    """(weighted sum, nats [B, T]); the sum is differentiable in x and head, the nats are for looking at.
+
+    Weights are 0 where the target is -1.
+    """
+    nll_BT = chunked_nll(x_BTC, head_VC, targets_BT, softcap, vocab_size, slices)
+    return (weights_BT * nll_BT).sum(), nll_BT
+
+
+def _weighted_nll_fwd(x_BTC, head_VC, targets_BT, weights_BT, softcap, vocab_size, slices):
     head = head_VC[:vocab_size].astype(x_BTC.dtype)
 
     def one_slice(carry, args):
         loss, dhead_VC = carry
-        x_BtC, targets_Bt = args
+        x_BtC, targets_Bt, weights_Bt = args
         z_BtV = jnp.einsum("btc,vc->btv", x_BtC, head, preferred_element_type=jnp.float32)
         t_BtV = jnp.tanh(z_BtV / softcap)
         # |logit| <= softcap, so exp cannot overflow and no maximum is needed
         e_BtV = jnp.exp(softcap * t_BtV)
         sum_Bt1 = e_BtV.sum(-1, keepdims=True)
-        valid_Bt1 = (targets_Bt >= 0)[..., None]
+        weights_Bt1 = weights_Bt[..., None]
         onehot_BtV = jnp.arange(vocab_size) == targets_Bt[..., None]
         picked_Bt1 = jnp.where(onehot_BtV, softcap * t_BtV, 0.0).sum(-1, keepdims=True)
-        loss += jnp.where(valid_Bt1, jnp.log(sum_Bt1) - picked_Bt1, 0.0).sum()
-        weight_Bt1 = jnp.where(valid_Bt1, 1.0 / sum_Bt1, 0.0)
-        dlogit_BtV = e_BtV * weight_Bt1 - jnp.where(onehot_BtV, 1.0, 0.0)
+        nll_Bt1 = jnp.where(targets_Bt[..., None] >= 0, jnp.log(sum_Bt1) - picked_Bt1, 0.0)
+        loss += (weights_Bt1 * nll_Bt1).sum()
+        dlogit_BtV = e_BtV * (weights_Bt1 / sum_Bt1) - jnp.where(onehot_BtV, weights_Bt1, 0.0)
         dz_BtV = (dlogit_BtV * (1.0 - t_BtV * t_BtV)).astype(x_BtC.dtype)
         dx_BtC = jnp.einsum("btv,vc->btc", dz_BtV, head)
         dhead_VC += jnp.einsum("btv,btc->vc", dz_BtV, x_BtC, preferred_element_type=jnp.float32)
-        return (loss, dhead_VC), dx_BtC
+        return (loss, dhead_VC), (dx_BtC, nll_Bt1[..., 0])
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(head.shape, jnp.float32))
-    (loss, dhead_VC), dx_nBtC = jax.lax.scan(
-        one_slice, start, (_split(x_BTC, slices), _split(targets_BT, slices))
-    )
-    return loss, (_join(dx_nBtC), dhead_VC, head_VC)
+    sliced = tuple(_split(x, slices) for x in (x_BTC, targets_BT, weights_BT))
+    (loss, dhead_VC), (dx_nBtC, nll_nBt) = jax.lax.scan(one_slice, start, sliced)
+    return (loss, _join(nll_nBt)), (_join(dx_nBtC), dhead_VC, head_VC)
 
 
-def _nll_sum_bwd(softcap, vocab_size, slices, saved, g):
+def _weighted_nll_bwd(softcap, vocab_size, slices, saved, cotangents):
     del slices
+    g, _ = cotangents
     dx_BTC, dhead, head_VC = saved
     padding = head_VC.shape[0] - vocab_size
     dhead_VC = jnp.pad(g * dhead, ((0, padding), (0, 0))).astype(head_VC.dtype)
-    return (g * dx_BTC).astype(dx_BTC.dtype), dhead_VC, None
+    return (g * dx_BTC).astype(dx_BTC.dtype), dhead_VC, None, None
 
 
-nll_sum.defvjp(_nll_sum_fwd, _nll_sum_bwd)
+weighted_nll.defvjp(_weighted_nll_fwd, _weighted_nll_bwd)
 
 
 def num_slices(rows: int, T: int, vocab_size: int) -> int:

@@ -24,44 +24,60 @@ class Objective:
     remat: str = "none"
     mesh: Mesh | None = None
 
+    @property
+    def flops_per_token(self) -> float:
+        return self.cfg.flops_per_token()
+
     def init(self, key) -> dict:
         return gpt.init_params(self.cfg, key)
 
-    def hidden(self, params, ids_BT):
-        return gpt.hidden_states(
-            params,
-            self.cfg,
-            ids_BT,
-            attention=self.attention.fn,
-            dtype=self.dtype,
-            remat=self.remat,
-            unroll=jax.default_backend() == "cpu",  # faster steps, slower to compile
-            place=lambda x_BTC: self._place(x_BTC, meshes.BATCH, None, None),
-        )
-
-    def _place(self, x, *axes):
+    def place(self, x, *axes):
+        """Puts an array on the mesh; the batch axis is the first unless axes are given."""
         if self.mesh is None or self.mesh.size == 1:
             return x
+        axes = axes or (meshes.BATCH, *(None,) * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
 
+    def trunk(self, params, entries: gpt.Entries, attention=None):
+        """Final normed activations [B, T, C]."""
+        return gpt.run_trunk(
+            params,
+            self.cfg,
+            entries,
+            attention=attention or self.attention.fn,
+            remat=self.remat,
+            unroll=jax.default_backend() == "cpu",  # faster steps, slower to compile
+            place=self.place,
+        )
+
+    def hidden(self, params, ids_BT):
+        return self.trunk(params, gpt.token_entries(params, self.cfg, ids_BT, self.dtype, self.place))
+
     def loss(self, params, batch, key):
-        """(summed nats, number of targets) of a batch {"inputs", "targets"} [B, T]; differentiable."""
+        """Summed nats of a batch {"inputs", "targets"} [B, T], and (number of targets, no statistics)."""
         del key
         weight = (batch["targets"] >= 0).sum().astype(jnp.float32)
-        return self._nats(loss.nll_sum, params, batch), weight
+        x_BTC = self.hidden(params, batch["inputs"])
+        return self.nats(loss.nll_sum, params, x_BTC, batch["targets"]), (weight, {})
+
+    def summarise(self, stats) -> dict:
+        """Metrics of a step from the statistics of its micro-batches: none."""
+        del stats
+        return {}
 
     def nll(self, params, batch):
         """Nats [B, T], 0 at ignored targets."""
-        return self._nats(loss.chunked_nll, params, batch)
-
-    def _nats(self, fn, params, batch):
         x_BTC = self.hidden(params, batch["inputs"])
-        (rows, T), cfg, head_VC = batch["inputs"].shape, self.cfg, params["lm_head"]
-        head_VC = self._place(head_VC, "tensor", None)  # gathered once, not slice by slice
+        return self.nats(loss.chunked_nll, params, x_BTC, batch["targets"])
+
+    def nats(self, fn, params, x_BTC, *labels):
+        """`fn` of model.loss with this model's head, soft cap and slices."""
+        (rows, T), cfg = x_BTC.shape[:2], self.cfg
+        head_VC = self.place(params["lm_head"], "tensor", None)  # gathered once, not slice by slice
         if self.mesh is not None:
             rows = max(1, rows // meshes.batch_shards(self.mesh))
         slices = loss.num_slices(rows, T, cfg.vocab_size)
-        return fn(x_BTC, head_VC, batch["targets"], cfg.logit_cap, cfg.vocab_size, slices)
+        return fn(x_BTC, head_VC, *labels, cfg.logit_cap, cfg.vocab_size, slices)
 
 
 def make_objective(

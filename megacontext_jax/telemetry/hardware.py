@@ -146,6 +146,13 @@ def memory_bytes(device: Any = None) -> int:
     return int(stats["bytes_limit"])
 
 
+def compiled_memory(compiled) -> int:
+    """Bytes per device that an ahead-of-time compiled function asks for: arguments, results, scratch, code."""
+    m = compiled.memory_analysis()
+    results = m.output_size_in_bytes - m.alias_size_in_bytes  # donated arguments are results too
+    return m.argument_size_in_bytes + results + m.temp_size_in_bytes + m.generated_code_size_in_bytes
+
+
 def peak_memory(device: Any = None) -> int:
     """Highest memory use so far in bytes: of an accelerator by its own count, of a CPU device `peak_rss`."""
     device = _device(device)

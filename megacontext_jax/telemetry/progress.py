@@ -185,6 +185,7 @@ class StepMeter:
         self._count = 0
         self._total_seconds = 0.0
         self._total_tokens = 0
+        self._total_flops = 0.0
         self._first_here = True
         self._pace: float | None = None  # seconds per step lately
 
@@ -203,6 +204,7 @@ class StepMeter:
         self._count += 1
         self._average_loss = self.beta * self._average_loss + (1 - self.beta) * float(loss)
         self._total_tokens += tokens
+        self._total_flops += tokens * (self.flops_per_token or 0)
         if not self._first_here:
             self._pace = seconds if self._pace is None else 0.9 * self._pace + 0.1 * seconds
             if step >= self.untimed_steps:
@@ -224,7 +226,7 @@ class StepMeter:
             total_seconds=self._total_seconds,
             eta_seconds=0.0 if not left else None if self._pace is None else left * self._pace,
             total_tokens=self._total_tokens,
-            total_flops=self.flops_per_token * self._total_tokens if self.flops_per_token else None,
+            total_flops=self._total_flops if self.flops_per_token else None,
             lrm=None if lrm is None else float(lrm),
             grad_norm=None if grad_norm is None else float(grad_norm),
         )
@@ -236,6 +238,7 @@ class StepMeter:
             "count": self._count,
             "total_seconds": self._total_seconds,
             "total_tokens": self._total_tokens,
+            "total_flops": self._total_flops,
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -243,6 +246,8 @@ class StepMeter:
         self._count = int(state["count"])
         self._total_seconds = float(state["total_seconds"])
         self._total_tokens = int(state["total_tokens"])
+        # earlier checkpoints do not have it: then all steps were alike
+        self._total_flops = float(state.get("total_flops", self._total_tokens * (self.flops_per_token or 0)))
 
 
 class StepPrinter:

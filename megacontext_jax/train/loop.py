@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,10 +25,9 @@ from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.runtime import print0
 from megacontext_jax.telemetry import hardware, report
-from megacontext_jax.telemetry.progress import StepMeter, StepPrinter
+from megacontext_jax.telemetry.progress import StepMeter, StepPrinter, format_quantity
 from megacontext_jax.telemetry.sinks import open_metrics
 from megacontext_jax.train.step import (
-    LossFn,
     TrainState,
     abstract_state,
     init_state,
@@ -35,6 +35,13 @@ from megacontext_jax.train.step import (
     state_from,
 )
 from megacontext_jax.train.stop import Stopper
+
+
+class Phase(NamedTuple):
+    """From `first_step` on the loss is this objective's; its step is compiled once, when it begins."""
+
+    first_step: int
+    objective: object  # loss, summarise, flops_per_token
 
 
 @dataclass
@@ -49,11 +56,11 @@ class Setup:
     mesh: Mesh
     num_iterations: int
     accumulation: int
+    phases: list[Phase]
     stream: object  # iterator of {"inputs", "targets"} [rows, T] with get_state / set_state
     init: Callable[[jax.Array], dict]
     optimizer: object
     rate: Callable  # step -> multiplier of the learning rates
-    loss_fn: LossFn
     nll_fn: Callable
     tokenizer: Tokenizer
     validation: dict[str, Iterable[dict]]  # metric name -> batches of [rows, T], the same each time
@@ -61,6 +68,7 @@ class Setup:
     identity_defaults: dict  # values of options that older checkpoints do not know
     description: dict  # model config, tokenizer digest: what a reader of the checkpoint needs
     start_params: Callable[[object], dict] | None = None  # template -> parameters of the stage before
+    probe: Callable[[dict], dict] | None = None  # params -> further metrics at every validation
     sample: Callable[[dict], list[dict]] | None = None  # params -> [{"prompt", "completion"}]
     facts: dict = field(default_factory=dict)  # for the report
 
@@ -107,6 +115,8 @@ class StepLog:
             self._log(step, values, seconds)
 
     def _log(self, step: int, values: dict, seconds: float) -> None:
+        own = {name: value for name, value in values.items() if "/" in name and not math.isnan(value)}
+        values = {name: value for name, value in values.items() if "/" not in name}
         bad = [name for name, value in values.items() if not math.isfinite(value)]
         if bad:
             raise TrainingStopped(
@@ -119,7 +129,9 @@ class StepLog:
             self._printer.show(report_)
         if step % self._opts.log_every == 0 or step + 1 == self._meter.total_steps:
             extra = {f"train/{name}": values[name] for name in ("param_norm", "update_norm", "weight")}
-            self._metrics.log(report_.metrics() | extra | {"train/loss_step": values["loss"]}, step=step)
+            self._metrics.log(
+                report_.metrics() | extra | {"train/loss_step": values["loss"]} | own, step=step
+            )
 
 
 def train(setup: Setup) -> int:
@@ -158,21 +170,19 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     if jax.process_index() == 0:
         save_tokenizer(setup.tokenizer, setup.folder)
 
-    # --- Compile once, ahead of time: no step can recompile ----------------------------------------------
+    # --- Compile each phase once, ahead of time: no step can recompile ------------------------------------
     shardings = jax.tree.map(lambda x: x.sharding, template)
-    jitted = make_train_step(setup.loss_fn, setup.optimizer, shardings, mesh, seed=setup.config.run.seed)
     position = setup.stream.get_state()
-    batch = next_batch(setup)
-    started = time.monotonic()
-    train_step = jitted.lower(state, batch).compile()
-    print0(f"Compiled the training step in {time.monotonic() - started:.1f} s.")
+    rows = next(setup.stream)
+    phase = phase_at(setup, int(resume_step or 0))
+    train_step, batch = compile_step(setup, phase, state, rows, shardings)
     tokens_per_step = math.prod(batch["inputs"].shape)
     bpb_step = make_bpb_step(setup.nll_fn, setup.tokenizer.token_bytes(), mesh)
 
     meter = StepMeter(
         n_steps,
         tokens_per_step,
-        flops_per_token=setup.gpt.flops_per_token(),
+        flops_per_token=phase.objective.flops_per_token,
         peak_flops=hardware.total_peak_flops(setup.facts.get("compute dtype", "float32")),
     )
     if "meter" in loop_state:
@@ -221,7 +231,8 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         print0(
             f"Step {step:05d} | " + " | ".join(f"{k.split('/', 1)[1]}: {v:.6f}" for k, v in results.items())
         )
-        metrics.log(dict(results), step=step)
+        more = setup.probe(state.params) if setup.probe else {}
+        metrics.log(results | more, step=step)
         log.restart_clock()
 
     def show_samples() -> list[dict]:
@@ -267,13 +278,22 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             if last_step:
                 break
 
+            # where the objective changes, its step is compiled
+            if phase_at(setup, step) is not phase:
+                log.take()
+                phase = phase_at(setup, step)
+                meter.flops_per_token = phase.objective.flops_per_token
+                train_step, batch = compile_step(setup, phase, state, rows, shardings)
+                log.restart_clock()
+
             # a single training step; the next batch is read while the device is busy
             state, values = train_step(state, batch)
             log.dispatched(step, values)
             step += 1
             if step < n_steps:
                 position = setup.stream.get_state()
-                batch = next_batch(setup)
+                rows = next(setup.stream)
+                batch = place(setup, rows)
             if simulated:
                 jax.block_until_ready(values)  # simulated devices deadlock on queued collectives
             log.take(keep=1)
@@ -288,14 +308,58 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     return 0
 
 
-def next_batch(setup: Setup) -> dict:
-    """The next step's rows of this process, on the mesh as [accumulation, rows, tokens]."""
-    rows = next(setup.stream)
+def phase_at(setup: Setup, step: int) -> Phase:
+    return [phase for phase in setup.phases if phase.first_step <= step or phase is setup.phases[0]][-1]
+
+
+def place(setup: Setup, rows: dict) -> dict:
+    """A step's rows of this process on the mesh as [accumulation, rows, tokens]."""
     A = setup.accumulation
     return {
         name: meshes.global_batch(setup.mesh, rows[name].reshape(A, -1, rows[name].shape[-1]))
         for name in ("inputs", "targets")
     }
+
+
+def compile_step(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):
+    """(compiled step, batch) of a phase.
+
+    With `mc_auto_batch` micro-batches are halved, and the accumulation of the run doubled, until what the
+    compiled step asks for fits the device.
+    """
+    objective, mesh, opts = phase.objective, setup.mesh, setup.config.mc
+    jitted = make_train_step(
+        objective.loss,
+        setup.optimizer,
+        shardings,
+        mesh,
+        seed=setup.config.run.seed,
+        summarise=objective.summarise,
+    )
+    limit = hardware.memory_bytes() / max(1.0, opts.mc_auto_batch_safety) if opts.mc_auto_batch else math.inf
+    if jax.default_backend() == "cpu":
+        limit /= mesh.size  # simulated devices share the machine's memory
+    while True:
+        batch = place(setup, rows)
+        started = time.monotonic()
+        compiled = jitted.lower(state, batch).compile()
+        needed = hardware.compiled_memory(compiled)
+        print0(
+            f"Compiled the training step in {time.monotonic() - started:.1f} s: {batch['inputs'].shape[1]} rows in "
+            f"{setup.accumulation} micro-batch(es), {format_quantity(needed, 'B')} per device."
+        )
+        if needed <= limit:
+            return compiled, batch
+        micro = batch["inputs"].shape[1] // meshes.batch_shards(mesh)
+        if micro < 2:
+            raise UserError(
+                f"One row per device needs {format_quantity(needed, 'B')} and the device has "
+                f"{format_quantity(limit, 'B')} for it (--mc-auto-batch-safety {opts.mc_auto_batch_safety}); use "
+                "--remat full, --fsdp-axis, a smaller --depth or --max-seq-len."
+            )
+        factor = next(f for f in range(2, micro + 1) if micro % f == 0)
+        setup.accumulation *= factor
+        print0(f"That is more than {format_quantity(limit, 'B')}: micro-batches of {micro // factor} rows.")
 
 
 def section_slug(stage: str) -> str:

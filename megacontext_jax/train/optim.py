@@ -160,10 +160,13 @@ def make_optimizer(
     weight_decay: float | None = None,
     ns_dtype=jnp.float32,
     constrain=lambda stack: stack,
+    context: bool = False,
+    freeze_base: bool = False,
 ) -> optax.GradientTransformation:
     """The optimiser of one training stage (a `StageConfig`) for a model.
 
-    `rate_scale` and `weight_decay` (None: the option's) are what the plan derives from batch and horizon.
+    `rate_scale` and `weight_decay` (None: the option's) are what the plan derives from batch and horizon;
+    with `context` the parameters hold GistNet and LensNet too, with `freeze_base` only those move.
     """
     recipe: Recipe = RECIPES[opts.optimizer]
     weight_decay = opts.weight_decay if weight_decay is None else weight_decay
@@ -183,6 +186,7 @@ def make_optimizer(
 
     # groups that every checkpoint has, and those of this model
     present = {group_of((name,)) for name in cfg.param_shapes()} | {"wte", "lm_head", "matrix", "scalar"}
+    present |= {"context"} if context else set()
     transforms = {name: adamw(adam) for name, adam in recipe.groups.items() if name in present}
     if recipe.muon is not None:
         transforms["matrix"] = optax.chain(
@@ -195,9 +199,15 @@ def make_optimizer(
             ),
             optax.scale_by_learning_rate(schedule(opts.matrix_lr * rate_scale)),
         )
-    partitioned = optax.partition(
-        transforms, lambda tree: jax.tree.map_with_path(lambda p, _: group_of((p[0].key,)), tree)
-    )
+    if freeze_base:
+        transforms["frozen"] = optax.set_to_zero()
+
+    def label(path, _):
+        names = tuple(key.key for key in path)
+        frozen = freeze_base and names[0] not in ("gistnet", "lensnet")
+        return "frozen" if frozen else group_of(names)
+
+    partitioned = optax.partition(transforms, lambda tree: jax.tree.map_with_path(label, tree))
     return optax.chain(_clip(opts.grad_clip), partitioned)
 
 

@@ -70,8 +70,10 @@ class Recipe:
 
 
 def group_of(path: tuple[str, ...]) -> str:
-    """The group of a leaf of the params pytree."""
+    """The group of a leaf of the params pytree: the blocks of GistNet and LensNet are matrices like the GPT's."""
     name = path[0]
+    if name in ("gistnet", "lensnet"):
+        return "matrix" if path[1] == "h" else "context"
     return {
         "wte": "wte",
         "lm_head": "lm_head",
@@ -85,6 +87,7 @@ def group_of(path: tuple[str, ...]) -> str:
 
 _CLASSIC = Recipe(
     {
+        "context": Adam("context_lr", decay=0.0),
         "lm_head": Adam("unembedding_lr", wide=True),
         "wte": Adam("embedding_lr", wide=True),
         "value_embeds": Adam("embedding_lr", wide=True),
@@ -116,6 +119,7 @@ _ERA3B = replace(_ERA3, decay_scaling="horizon")
 _ERA4 = replace(
     _ERA3B,
     groups={
+        "context": Adam("context_lr", betas=(0.8, 0.95), decay=0.0),
         "lm_head": Adam("unembedding_lr", wide=True, betas=(0.8, 0.96), decay=0.01),
         "wte": Adam("embedding_lr", wide=True, betas=(0.8, 0.995), decay=0.001),
         "value_embeds": Adam("embedding_lr", 0.5, wide=True, betas=(0.8, 0.995), decay=0.01),

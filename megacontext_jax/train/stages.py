@@ -13,6 +13,8 @@ from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step, run_folder, unused_tag
 from megacontext_jax.config import SOURCE_STAGES, Config, fixed_options
+from megacontext_jax.context import setup as context_setup
+from megacontext_jax.context.objective import ContextConfig, init_context
 from megacontext_jax.data import sources
 from megacontext_jax.data.conversations import (
     conversation_stream,
@@ -25,7 +27,7 @@ from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_s
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, make_objective
 from megacontext_jax.runtime import print0
-from megacontext_jax.train.loop import Setup
+from megacontext_jax.train.loop import Phase, Setup
 from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.plan import batch_layout, horizon, model_of, scaled
 from megacontext_jax.train.recipes import RECIPES
@@ -72,6 +74,17 @@ def prepare(config: Config, stage: str) -> Setup:
         model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat, mesh=mesh
     )
     model, objective = settle_windows(config, model, objective, fixed=source is not None)
+    source_context = None if source is None else meta.get("context_config")
+    parts = context_parts(config, model, source_context)
+    if parts is None:
+        phases = [Phase(0, objective)]
+        if source_context:
+            print0(f"Note: {source.name} has GistNet and LensNet; without --mc this stage leaves them out.")
+    else:
+        phases = context_setup.phases(
+            config.mc, objective, parts, num_iterations, shrink=source_context is None
+        )
+    trained = phases[-1].objective
     recipe = RECIPES[opts.optimizer]
     schedule = schedules(opts, recipe, num_iterations, first_stage=source is None)
     optimizer = make_optimizer(
@@ -82,6 +95,8 @@ def prepare(config: Config, stage: str) -> Setup:
         weight_decay=scale.weight_decay,
         ns_dtype=dtype,
         constrain=meshes.deal_matrices(mesh),
+        context=parts is not None,
+        freeze_base=parts is not None and config.mc.mc_freeze_base,
     )
     identity = {
         "model": model.to_dict(),
@@ -91,6 +106,8 @@ def prepare(config: Config, stage: str) -> Setup:
         "seed": run.seed,
         "source": source and f"{source.name} at step {source_step}",
         "compute_dtype": dtype.name,
+        "run": {"mc": run.mc},
+        "mc": fixed_options(config.mc) if run.mc else {},
     }
     n = model.num_params()
     facts = {
@@ -111,6 +128,7 @@ def prepare(config: Config, stage: str) -> Setup:
         "Device": f"{mesh.size} x {jax.devices()[0].device_kind}",
         "compute dtype": dtype.name,
         "Attention": f"{objective.attention.name} ({objective.attention.why})",
+        **({} if parts is None else context_facts(phases, model)),
     }
     width = max(map(len, facts))
     print0(f"--- {folder.name} ---")
@@ -130,11 +148,11 @@ def prepare(config: Config, stage: str) -> Setup:
         num_iterations=num_iterations,
         accumulation=accumulation,
         stream=data.stream,
-        init=objective.init,
+        phases=phases,
+        init=trained.init,
         optimizer=optimizer,
         rate=schedule.rate,
-        loss_fn=objective.loss,
-        nll_fn=objective.nll,
+        nll_fn=trained.nll,
         tokenizer=tokenizer,
         validation=data.validation,
         identity=identity,
@@ -142,14 +160,68 @@ def prepare(config: Config, stage: str) -> Setup:
             stage: fixed_options(getattr(Config(), stage)),
             "data": fixed_options(Config().data),
             "model": GPTConfig().to_dict(),
+            "run": {"mc": False},
+            "mc": fixed_options(Config().mc) if run.mc else {},
         },
-        description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest},
-        start_params=source and partial(load_params, source, source_step),
+        description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest}
+        | ({} if parts is None else {"context_config": context_setup.to_dict(parts)}),
+        start_params=source and partial(start_from, source, source_step, source_context, parts, run.seed),
         sample=partial(draw_samples, objective, tokenizer, data.prompts)
         if jax.process_count() == 1
         else None,
         facts=facts,
     )
+
+
+def context_parts(config: Config, model: GPTConfig, saved: dict | None) -> ContextConfig | None:
+    """GistNet and LensNet of this stage: those of the run it starts from, or new ones; None without --mc."""
+    if not config.run.mc:
+        return None
+    return context_setup.from_dict(saved) if saved else context_setup.context_config(config.mc, model)
+
+
+def start_from(
+    source: Path,
+    step: int,
+    saved_context: dict | None,
+    new_context: ContextConfig | None,
+    seed: int,
+    template,
+) -> dict:
+    """Parameters of the stage before on the shapes and shardings of `template`.
+
+    What it has and the template lacks is left out; GistNet and LensNet that it lacks begin as new ones.
+    """
+    wanted = {name: x for name, x in template.items() if name not in ("gistnet", "lensnet")}
+    parts = context_setup.from_dict(saved_context) if saved_context else None
+    if parts is not None:
+        shapes = jax.eval_shape(partial(init_context, parts), jax.random.key(0))
+        wanted |= {name: template.get(name, shapes[name]) for name in shapes}
+    params = load_params(source, step, wanted)
+    if "gistnet" in template and parts is None:
+        print0(f"{source.name} has no GistNet and LensNet; they begin here.")
+        shardings = {
+            name: jax.tree.map(lambda x: x.sharding, template[name]) for name in ("gistnet", "lensnet")
+        }
+        params |= jax.jit(partial(init_context, new_context), out_shardings=shardings)(jax.random.key(seed))
+    return {name: params[name] for name in template}
+
+
+def context_facts(phases: list, model: GPTConfig) -> dict:
+    """Lines for the start and the report."""
+    first, last = phases[0].objective, phases[-1].objective
+    ctx, mix = last.context, last.mixture
+    shapes = jax.eval_shape(partial(init_context, ctx), jax.random.key(0))
+    sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
+    widths = " ".join(f"{p.objective.width} from step {p.first_step}" for p in phases)
+    return {
+        "Gists": f"{ctx.gist.kind}, {ctx.block} to 1, {ctx.levels} level(s), positions {ctx.positions}",
+        "GistNet, LensNet": f"{sizes['gistnet']:,} and {sizes['lensnet']:,} parameters",
+        "Working contexts": f"{mix.variants} per row beside the raw one, entries: {widths}",
+        "Raw tail": f"{mix.recent} tokens",
+        "FLOPs per token with --mc": f"{first.flops_per_token:,.0f} at first, {last.flops_per_token:,.0f} at the end, "
+        f"{last.flops_per_token / model.flops_per_token():.2f} times vanilla",
+    }
 
 
 def find_source(stage: str, tag: str) -> Path:

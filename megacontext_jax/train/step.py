@@ -17,8 +17,9 @@ class TrainState(NamedTuple):
     step: jax.Array
 
 
-# (params, {"inputs", "targets"} of [B, T], key) -> (summed loss, weight); the loss reported is their quotient
-LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, jax.Array]]
+# (params, {"inputs", "targets"} of [B, T], key) -> (summed loss, (weight, statistics)); the loss reported is the
+# quotient of the sums, and `summarise` makes metrics of the statistics of all micro-batches
+LossFn = Callable[[dict, dict, jax.Array], tuple[jax.Array, tuple[jax.Array, dict]]]
 
 
 def _fresh(optimizer, params: dict) -> TrainState:
@@ -45,7 +46,15 @@ def abstract_state(mesh: Mesh, init, optimizer, key) -> TrainState:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
-def make_train_step(loss_fn: LossFn, optimizer, shardings: TrainState, mesh: Mesh, *, seed: int):
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer,
+    shardings: TrainState,
+    mesh: Mesh,
+    *,
+    seed: int,
+    summarise: Callable[[dict], dict] = lambda stats: {},
+):
     """Compiled (state, batch) -> (state, metrics).
 
     Batch arrays are [A, B, T]: A micro-batches are accumulated. The gradient is that of the summed loss of
@@ -63,17 +72,20 @@ def make_train_step(loss_fn: LossFn, optimizer, shardings: TrainState, mesh: Mes
             def loss_of(params):
                 return loss_fn(params, micro, jax.random.fold_in(key, index))
 
-            (micro_loss, micro_weight), micro_grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+            (micro_loss, (micro_weight, stats)), micro_grads = jax.value_and_grad(loss_of, has_aux=True)(
+                state.params
+            )
             grads = jax.tree.map(jnp.add, grads, micro_grads)
-            return (grads, loss + micro_loss, weight + micro_weight), None
+            return (grads, loss + micro_loss, weight + micro_weight), stats
 
         accumulation = batch["inputs"].shape[0]
         zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros([]), jnp.zeros([]))
         xs = (batch, jnp.arange(accumulation))
         if accumulation == 1:  # no second copy of the gradients
-            (grads, loss, weight), _ = micro_step(zeros, jax.tree.map(lambda x: x[0], xs))
+            (grads, loss, weight), stats = micro_step(zeros, jax.tree.map(lambda x: x[0], xs))
+            stats = jax.tree.map(lambda x: x[None], stats)
         else:
-            (grads, loss, weight), _ = jax.lax.scan(micro_step, zeros, xs)
+            (grads, loss, weight), stats = jax.lax.scan(micro_step, zeros, xs)
         weight = jnp.maximum(weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -84,6 +96,7 @@ def make_train_step(loss_fn: LossFn, optimizer, shardings: TrainState, mesh: Mes
             "grad_norm": optax.tree.norm(grads),
             "param_norm": optax.tree.norm(state.params),
             "update_norm": optax.tree.norm(updates),
+            **summarise(stats),
         }
         return TrainState(params, opt_state, state.step + 1), metrics
 

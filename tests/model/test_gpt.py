@@ -47,7 +47,7 @@ def test_logits_loss_and_gradients_equal_pytorch_nanochat(case, golden):
         batch = {"inputs": z["input_ids"], "targets": z[f"targets{suffix}"]}
 
         def mean(params, batch=batch):
-            total, weight = objective.loss(params, batch, None)
+            total, (weight, _) = objective.loss(params, batch, None)
             return total / weight
 
         value, grads = jax.jit(jax.value_and_grad(mean))(params)
@@ -73,7 +73,7 @@ def test_logits_loss_and_gradients_equal_pytorch_nanochat(case, golden):
 
 def plain_mean(objective, z):
     def mean(params):
-        total, weight = objective.loss(params, {"inputs": z["input_ids"], "targets": z["targets"]}, None)
+        total, (weight, _) = objective.loss(params, {"inputs": z["input_ids"], "targets": z["targets"]}, None)
         return total / weight
 
     return mean

@@ -48,7 +48,7 @@ def outcome(dtype, params, batch):
     objective = make_objective(CFG, attention_impl="auto", dtype=dtype)
 
     def mean(params):
-        total, weight = objective.loss(params, batch, None)
+        total, (weight, _) = objective.loss(params, batch, None)
         return total / weight
 
     return jax.jit(lambda p: (objective.hidden(p, batch["inputs"]), *jax.value_and_grad(mean)(p)))(params)

@@ -163,7 +163,7 @@ def run_golden(cfg, params, opts, z, first=0, opt_state=None):
         batch = {"inputs": rows[..., :-1], "targets": rows[..., 1:]}
         before = state.params
         if len(losses) == len(z["batches"]) - first - 1:  # the last batch is only looked at
-            total, weight = objective.loss(before, {name: x[0] for name, x in batch.items()}, None)
+            total, (weight, _) = objective.loss(before, {name: x[0] for name, x in batch.items()}, None)
             losses.append(float(total / weight))
             break
         state, metrics = step(state, {name: meshes.global_batch(mesh, x) for name, x in batch.items()})

@@ -1,0 +1,60 @@
+"""Where an entry stands: centre and spread of its span, and rotary tables damped by the spread (Gaussian RoPE).
+
+A raw token has no spread, so a working context of raw tokens alone has the tables of the vanilla model, bit for
+bit. Source of the idea: MegaContext's notes; what their code does otherwise is in docs/parity.md.
+"""
+
+import jax.numpy as jnp
+
+from megacontext_jax.context.layout import Layout, spans, starts
+from megacontext_jax.errors import UserError
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.gpt import rope_frequencies, rope_table
+
+KINDS = {
+    "gaussian": "centre of the span, frequencies damped by its length",
+    "simple": "centre of the span, no damping",
+    "gaussian_alibi": "gaussian, and a bias that falls with distance",
+    "rank": "the place in the working context, frequencies damped by the span",
+}
+
+
+def check_kind(kind: str) -> str:
+    if kind not in KINDS:
+        what = "has more channels than a head" if "lod2d" in kind else "is unknown"
+        raise UserError(f"--positional-type {kind!r} {what}; choose one of {', '.join(KINDS)}.")
+    return kind
+
+
+def centres(layout: Layout, block: int, kind: str = "gaussian"):
+    """float32 [B, W]: the middle of each span in tokens; with `rank` the entry's index."""
+    if kind == "rank":
+        index_W = jnp.arange(layout.level_BW.shape[-1], dtype=jnp.float32)
+        return jnp.broadcast_to(index_W, layout.level_BW.shape)
+    return starts(layout, block) + (spans(layout.level_BW, block) - 1) / 2
+
+
+def spreads(layout: Layout, block: int):
+    """float32 [B, W]: 0 for raw tokens, the span's length for gists."""
+    return jnp.where(layout.level_BW > 0, spans(layout.level_BW, block), 0).astype(jnp.float32)
+
+
+def entry_rope(cfg: GPTConfig, layout: Layout, block: int, kind: str, dtype):
+    """cos and sin [B, W, D/2] of every entry."""
+    cos, sin = rope_table(cfg, centres(layout, block, kind), jnp.float32)
+    if kind != "simple":
+        damping = jnp.exp(-0.5 * jnp.square(spreads(layout, block)[..., None] * rope_frequencies(cfg)))
+        cos, sin = cos * damping, sin * damping
+    return cos.astype(dtype), sin.astype(dtype)
+
+
+def alibi_slopes(n_head: int):
+    """[H]: 1, 1/2, 1/4, ... (the fork's sequence)."""
+    return 0.5 ** jnp.arange(n_head, dtype=jnp.float32)
+
+
+def alibi_bias(layout: Layout, block: int, n_head: int):
+    """[B, H, W, W], added to the scores: minus slope times distance."""
+    mu_BW = centres(layout, block)
+    distance_BWW = mu_BW[:, :, None] - mu_BW[:, None, :]
+    return -alibi_slopes(n_head)[:, None, None] * distance_BWW[:, None]

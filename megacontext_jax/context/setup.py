@@ -1,0 +1,175 @@
+"""From the options of --mc to the parts of a model and the phases of its training."""
+
+from dataclasses import asdict, replace
+from typing import NamedTuple
+
+from megacontext_jax.config import MegaContextConfig
+from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.context.layout import reachable_width
+from megacontext_jax.context.lens_loss import LensLoss
+from megacontext_jax.context.lensnet import LensConfig
+from megacontext_jax.context.objective import ContextConfig, ContextObjective, Mixture
+from megacontext_jax.context.positions import check_kind
+from megacontext_jax.errors import UserError
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.objective import Objective
+
+WIDTHS = 5  # of the curriculum, each compiled once
+FIRST_SHARE = 0.8  # of the row, in the first phase
+
+
+def context_config(opts: MegaContextConfig, model: GPTConfig) -> ContextConfig:
+    """The MegaContext parts of a new model."""
+    if opts.mc_levels < 1:
+        raise UserError(f"--mc-levels {opts.mc_levels} must be at least 1.")
+    gist = GistConfig(
+        _blocks(model, opts.gistnet_layers, "gistnet"),
+        block=opts.block_size,
+        kind=opts.gistnet_type,
+        pooling=opts.gistnet_pooling,
+        head="none" if opts.gistnet_type == "mean" else opts.gistnet_head,
+    )
+    lens = LensConfig(
+        _blocks(model, opts.lensnet_layers, "lensnet"),
+        block=opts.block_size,
+        head=opts.lensnet_head,
+        max_level=opts.mc_levels,
+    )
+    return ContextConfig(gist, lens, opts.mc_levels, check_kind(opts.positional_type))
+
+
+def _blocks(model: GPTConfig, layers: int, name: str) -> GPTConfig:
+    if layers < 1:
+        raise UserError(f"--{name}-layers {layers} must be at least 1.")
+    return GPTConfig(
+        arch=model.arch,
+        n_layer=layers,
+        n_embd=model.n_embd,
+        n_head=model.n_head,
+        n_kv_head=model.n_head,
+        vocab_size=64,
+    )
+
+
+def to_dict(ctx: ContextConfig) -> dict:
+    """JSON-able; `from_dict` is its inverse."""
+    return asdict(ctx)
+
+
+def from_dict(tree: dict) -> ContextConfig:
+    gist, lens = (dict(tree[name]) for name in ("gist", "lens"))
+    gist["gpt"], lens["gpt"] = GPTConfig(**gist["gpt"]), GPTConfig(**lens["gpt"])
+    return ContextConfig(GistConfig(**gist), LensConfig(**lens), tree["levels"], tree["positions"])
+
+
+def recent_tokens(opts: MegaContextConfig, seq_len: int) -> int:
+    if opts.allocator_recent_tokens >= 0:
+        return opts.allocator_recent_tokens
+    return min(128, seq_len // 8)
+
+
+def final_width(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> int:
+    """Entries of the working context at the end of the curriculum."""
+    target = opts.mc_train_wc_length if opts.mc_train_wc_length > 0 else seq_len // 4
+    if target > seq_len:
+        raise UserError(f"--mc-train-wc-length {target} is longer than a row of {seq_len} tokens.")
+    return _reach(target, opts, ctx, seq_len)
+
+
+def budget(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> int:
+    """Entries a working context may have when the model is used."""
+    for value in (opts.mc_eval_soft_max_length, opts.allocator_soft_max):
+        if value > 0:
+            return value
+    return final_width(opts, ctx, seq_len)
+
+
+def _reach(target: int, opts, ctx: ContextConfig, seq_len: int) -> int:
+    recent = recent_tokens(opts, seq_len)
+    return reachable_width(target, seq_len, block=ctx.block, levels=ctx.levels, recent=recent)
+
+
+class Phase(NamedTuple):
+    """From `first_step` on the working contexts have the width of this objective."""
+
+    first_step: int
+    objective: ContextObjective
+
+
+def phases(
+    opts: MegaContextConfig, base: Objective, ctx: ContextConfig, num_iterations: int, *, shrink: bool
+) -> list[Phase]:
+    """The curriculum: widths from 80 % of the row down to the final one; that alone unless `shrink`."""
+    T = base.cfg.sequence_len
+    mix = mixture(opts, T)
+    last = final_width(opts, ctx, T)
+    first = max(last, _reach(int(FIRST_SHARE * T), opts, ctx, T)) if shrink else last
+    widths = [_reach(round(first + (last - first) * i / (WIDTHS - 1)), opts, ctx, T) for i in range(WIDTHS)]
+    widths = list(dict.fromkeys(widths)) if mix.variants else [last]
+    span = opts.mc_curriculum_share * num_iterations
+    found: list[Phase] = []
+    for i, width in enumerate(widths):
+        start = round(span * i / max(1, len(widths) - 1))
+        objective = ContextObjective(base, ctx, mix, width)
+        if found and found[-1].first_step == start:
+            found.pop()
+        found.append(Phase(start, objective))
+    return found
+
+
+def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
+    if opts.mc_num_random_variants < 0:
+        raise UserError(f"--mc-num-random-variants {opts.mc_num_random_variants} cannot be negative.")
+    if opts.mc_lens_temperature <= 0:
+        raise UserError(f"--mc-lens-temperature {opts.mc_lens_temperature} must be positive.")
+    if not 0 < opts.mc_lens_hard_negative_ratio <= 1:
+        raise UserError(
+            f"--mc-lens-hard-negative-ratio {opts.mc_lens_hard_negative_ratio} must lie in (0, 1]."
+        )
+    if not 0 < opts.mc_lens_budget_smooth_beta < 1:
+        raise UserError(f"--mc-lens-budget-smooth-beta {opts.mc_lens_budget_smooth_beta} must lie in (0, 1).")
+    recent = recent_tokens(opts, seq_len)
+    return Mixture(
+        variants=opts.mc_num_random_variants,
+        recent=recent,
+        horizon=opts.mc_horizon,
+        ahead=recent // 2,
+        lens_weight=opts.mc_lens_loss_weight,
+        lens=LensLoss(
+            rank_weight=opts.mc_lens_rank_weight,
+            budget_weight=opts.mc_lens_budget_weight,
+            margin=opts.mc_lens_margin,
+            collapse_weight=opts.mc_lens_collapse_weight,
+            temperature=opts.mc_lens_temperature,
+            kl_weight=opts.mc_lens_kl_weight,
+            smooth_weight=opts.mc_lens_budget_smooth_weight,
+            smooth_beta=opts.mc_lens_budget_smooth_beta,
+            hard_negative_ratio=opts.mc_lens_hard_negative_ratio,
+            max_pairs=opts.mc_max_lens_pairs,
+        ),
+        delta_weight=opts.mc_gist_delta_weight,
+        gist_token_weight=opts.mc_gist_token_weight,
+        regression_weight=opts.mc_gist_regression_weight,
+        freeze_base=opts.mc_freeze_base,
+    )
+
+
+def allocator_config(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int):
+    """The allocator as it runs when the model is used."""
+    from megacontext_jax.context.allocator import AllocatorConfig
+    edits = opts.mc_infer_allocator_max_replacements
+    return AllocatorConfig(
+        block=ctx.block,
+        max_level=ctx.levels,
+        recent=recent_tokens(opts, seq_len),
+        kind=opts.allocator_type,
+        expand_threshold=opts.allocator_expand_threshold,
+        collapse_threshold=opts.allocator_collapse_threshold,
+        max_replacements=edits if edits >= 0 else opts.allocator_max_replacements,
+        top_k=opts.allocator_sample_top_k,
+        temperature=opts.allocator_sample_temperature,
+    )
+
+
+def with_width(objective: ContextObjective, width: int) -> ContextObjective:
+    return replace(objective, width=width)
