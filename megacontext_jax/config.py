@@ -162,7 +162,10 @@ class MegaContextConfig:
     # working contexts in training
     mc_train_wc_length: int = option(-1, "entries at the end of the curriculum; -1 = a quarter of the row")
     mc_num_random_variants: int = option(2, "working contexts per sequence, beside the raw one")
-    mc_curriculum_share: float = option(0.4, "share of the steps in which they shrink from 80 % of the row")
+    mc_raw_share: float = option(0.1, "share of a first stage's steps on raw rows alone, before they join")
+    mc_curriculum_share: float = option(
+        0.2, "share of the steps in which they then shrink from 80 % of the row"
+    )
     mc_horizon: int = option(32, "H: tokens ahead over which differences in nats are reported")
     mc_gist_delta_weight: float = option(0.0, "extra weight of contexts that do worse than the raw one")
     mc_gist_token_weight: float = option(0.0, "weight of what gists predict, beside raw tokens")
@@ -238,6 +241,8 @@ class EvalConfig:
     eval_batch_size: int = option(50, "questions at a time", free=True)
     max_new_tokens: int = option(32, "longest answer, tokens", free=True)
     split_tokens: int = option(200_000, "tokens per split for bits per byte", free=True)
+    context_rows: int = option(256, "rows that judge working contexts, with --mc", free=True)
+    suite_steps: int = option(1500, "training steps of each tiny model of the long-context suite", free=True)
 
 
 @dataclass(frozen=True)

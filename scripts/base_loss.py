@@ -2,6 +2,7 @@
 
 python -m scripts.base_loss -i base
 python -m scripts.base_loss -i base -g d12 -s 1000 --split-tokens 1000000
+python -m scripts.base_loss -i base --mc      also what working contexts cost, under every lens
 """
 
 from functools import partial
@@ -14,6 +15,7 @@ from megacontext_jax.cli import parse, run_main
 from megacontext_jax.data import sources
 from megacontext_jax.data.stream import val_batches
 from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
+from megacontext_jax.eval.working_contexts import BASELINES, Probe, views_of
 from megacontext_jax.infer.load import load_model
 from megacontext_jax.telemetry import report
 
@@ -36,8 +38,27 @@ def main(argv: list[str]) -> None:
         )
         facts[f"{name} bpb"] = bpb
         runtime.print0(f"{name:<8} bits per byte: {bpb:.6f}")
+        if model.context is not None and name != "train":
+            facts |= working_contexts(
+                config, model, mesh, name, batches(paths, model.tokenizer, rows, model.cfg.sequence_len)
+            )
     if jax.process_index() == 0:
         report.write_section("base-model-loss", "Base model loss", facts)
+
+
+def working_contexts(config, model, mesh, name: str, batches) -> dict:
+    """Differences in nats over the next H tokens under every view of the history, printed and as facts."""
+    probe = Probe(
+        views_of(config, model.context, lenses=BASELINES), batches, mesh, rows=config.eval.context_rows
+    )
+    metrics = probe(model.params)
+    runtime.print0(f"{name:<8} {probe.line(metrics)}")
+    prefix = f"val/delta_nll_h{config.mc.mc_horizon}/"
+    return {
+        f"{name} nats above the raw context, {view.removeprefix(prefix)}": value
+        for view, value in metrics.items()
+        if view.startswith(prefix)
+    }
 
 
 if __name__ == "__main__":

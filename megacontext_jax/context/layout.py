@@ -49,6 +49,18 @@ def raw_layout(rows: int, tokens: int) -> Layout:
     return Layout(jnp.zeros_like(node), node, jnp.ones(node.shape, bool))
 
 
+def append_raw(layout: Layout, tokens: int, new: int) -> Layout:
+    """The layout of `tokens` tokens with the next `new` ones raw behind it; `new` places wider."""
+    level, node, valid = (jnp.pad(x, ((0, 0), (0, new))) for x in layout)
+    rows_B1 = jnp.arange(level.shape[0])[:, None]
+    places_Bn = layout.count_B[:, None] + jnp.arange(new)
+    return Layout(
+        level.at[rows_B1, places_Bn].set(0),
+        node.at[rows_B1, places_Bn].set(tokens + jnp.arange(new)),
+        valid.at[rows_B1, places_Bn].set(True),
+    )
+
+
 def violations(layout: Layout, *, block: int, tokens, budget: int, recent: int, max_level: int) -> dict:
     """Per invariant, bool [B]: whether the layout breaks it. `tokens` is a number or [B]."""
     level, node, valid = layout

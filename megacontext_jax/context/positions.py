@@ -41,9 +41,15 @@ def spreads(layout: Layout, block: int):
 
 def entry_rope(cfg: GPTConfig, layout: Layout, block: int, kind: str, dtype):
     """cos and sin [B, W, D/2] of every entry."""
-    cos, sin = rope_table(cfg, centres(layout, block, kind), jnp.float32)
-    if kind != "simple":
-        damping = jnp.exp(-0.5 * jnp.square(spreads(layout, block)[..., None] * rope_frequencies(cfg)))
+    sigma_BW = None if kind == "simple" else spreads(layout, block)
+    return gaussian_rope(cfg, centres(layout, block, kind), sigma_BW, dtype)
+
+
+def gaussian_rope(cfg: GPTConfig, mu_BW, sigma_BW, dtype):
+    """cos and sin [B, W, D/2] at mu, the faster channels damped by sigma (None: no damping)."""
+    cos, sin = rope_table(cfg, mu_BW, jnp.float32)
+    if sigma_BW is not None:
+        damping = jnp.exp(-0.5 * jnp.square(sigma_BW[..., None] * rope_frequencies(cfg)))
         cos, sin = cos * damping, sin * damping
     return cos.astype(dtype), sin.astype(dtype)
 

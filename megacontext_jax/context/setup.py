@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from typing import NamedTuple
 
 from megacontext_jax.config import MegaContextConfig
+from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import reachable_width
 from megacontext_jax.context.lens_loss import LensLoss
@@ -99,21 +100,27 @@ class Phase(NamedTuple):
 def phases(
     opts: MegaContextConfig, base: Objective, ctx: ContextConfig, num_iterations: int, *, shrink: bool
 ) -> list[Phase]:
-    """The curriculum: widths from 80 % of the row down to the final one; that alone unless `shrink`."""
+    """The curriculum: raw rows, then widths from 80 % of the row down to the final one; the last alone unless `shrink`.
+
+    Retrieval forms on raw rows. While it has not, compressed ones only take their place; once it has, it carries over.
+    """
     T = base.cfg.sequence_len
     mix = mixture(opts, T)
     last = final_width(opts, ctx, T)
-    first = max(last, _reach(int(FIRST_SHARE * T), opts, ctx, T)) if shrink else last
-    widths = [_reach(round(first + (last - first) * i / (WIDTHS - 1)), opts, ctx, T) for i in range(WIDTHS)]
-    widths = list(dict.fromkeys(widths)) if mix.variants else [last]
+    if not shrink or not mix.variants:
+        return [Phase(0, ContextObjective(base, ctx, mix, last))]
+    first = max(last, _reach(int(FIRST_SHARE * T), opts, ctx, T))
+    widths = dict.fromkeys(
+        _reach(round(first + (last - first) * i / (WIDTHS - 1)), opts, ctx, T) for i in range(WIDTHS)
+    )
+    joined = round(opts.mc_raw_share * num_iterations)
     span = opts.mc_curriculum_share * num_iterations
-    found: list[Phase] = []
+    found = [Phase(0, ContextObjective(base, ctx, replace(mix, variants=0), last))]
     for i, width in enumerate(widths):
-        start = round(span * i / max(1, len(widths) - 1))
-        objective = ContextObjective(base, ctx, mix, width)
-        if found and found[-1].first_step == start:
+        start = joined + round(span * i / max(1, len(widths) - 1))
+        if found[-1].first_step == start:
             found.pop()
-        found.append(Phase(start, objective))
+        found.append(Phase(start, ContextObjective(base, ctx, mix, width)))
     return found
 
 
@@ -128,6 +135,9 @@ def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
         )
     if not 0 < opts.mc_lens_budget_smooth_beta < 1:
         raise UserError(f"--mc-lens-budget-smooth-beta {opts.mc_lens_budget_smooth_beta} must lie in (0, 1).")
+    for name in ("mc_raw_share", "mc_curriculum_share"):
+        if not 0 <= getattr(opts, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(opts, name)} must lie in [0, 1].")
     recent = recent_tokens(opts, seq_len)
     return Mixture(
         variants=opts.mc_num_random_variants,
@@ -154,9 +164,14 @@ def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
     )
 
 
-def allocator_config(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int):
+def iterations(opts: MegaContextConfig) -> int:
+    """Of a refocus when the model is used."""
+    asked = opts.mc_infer_allocator_iterations
+    return asked if asked >= 0 else opts.allocator_iterations
+
+
+def allocator_config(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> AllocatorConfig:
     """The allocator as it runs when the model is used."""
-    from megacontext_jax.context.allocator import AllocatorConfig
     edits = opts.mc_infer_allocator_max_replacements
     return AllocatorConfig(
         block=ctx.block,
@@ -169,7 +184,3 @@ def allocator_config(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int):
         top_k=opts.allocator_sample_top_k,
         temperature=opts.allocator_sample_temperature,
     )
-
-
-def with_width(objective: ContextObjective, width: int) -> ContextObjective:
-    return replace(objective, width=width)

@@ -1,6 +1,7 @@
 """A trained model from a checkpoint, ready to evaluate or to talk to."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,20 +13,27 @@ from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step
 from megacontext_jax.config import Config
+from megacontext_jax.context import setup as context_setup
+from megacontext_jax.context.objective import ContextObjective, init_context
 from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.errors import UserError
+from megacontext_jax.infer.context_model import ContextDecoder, context_model
 from megacontext_jax.infer.engine import Engine
-from megacontext_jax.infer.model import gpt_model
+from megacontext_jax.infer.model import GPTDecoder, gpt_model
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
 
 
 @dataclass(frozen=True)
 class LoadedModel:
+    """`context` is there with --mc, and the parameters then hold GistNet and LensNet."""
+
     objective: Objective
     params: dict
     tokenizer: Tokenizer
     folder: Path
     step: int
+    context: ContextObjective | None = None
 
     @property
     def cfg(self) -> GPTConfig:
@@ -43,22 +51,48 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     meta = read_meta(folder, step)
     tokenizer = load_tokenizer(folder, meta)
     cfg = GPTConfig(**meta["model_config"])
+    saved = meta.get("context_config")
+    if config.run.mc and not saved:
+        raise UserError(
+            f"{folder.name} was trained without --mc and has no GistNet; leave --mc out, or go on with mid_train "
+            "--mc or chat_sft --mc, which begin one."
+        )
+    objective = make_objective(
+        cfg, attention_impl=config.run.attention_impl, dtype=runtime.compute_dtype(config.run)
+    )
+    parts = context_setup.from_dict(saved) if saved else None
     shapes = abstract_params(cfg)
+    if parts:
+        shapes |= jax.eval_shape(partial(init_context, parts), jax.random.key(0))
     template = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         meshes.param_shardings(mesh, shapes),
     )
     params = load_params(folder, step, template)
-    objective = make_objective(
-        cfg, attention_impl=config.run.attention_impl, dtype=runtime.compute_dtype(config.run)
-    )
-    return LoadedModel(objective, params, tokenizer, folder, step)
+    if not config.run.mc:
+        base = {name: x for name, x in params.items() if name not in ("gistnet", "lensnet")}
+        return LoadedModel(objective, base, tokenizer, folder, step)
+    width = context_setup.final_width(config.mc, parts, cfg.sequence_len)
+    mixture = context_setup.mixture(config.mc, cfg.sequence_len)
+    context = ContextObjective(objective, parts, mixture, width)
+    return LoadedModel(objective, params, tokenizer, folder, step, context)
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
-    """An engine on one device around the model of `--source`, `--tag` and `--step`."""
+    """An engine on one device around the model of `--source`, `--tag` and `--step`; with --mc over working contexts."""
     model = load_model(config)
     attention = model.objective.attention.fn
-    decoder = gpt_model(model.params, model.cfg, attention=attention, dtype=model.objective.dtype)
-    return Engine(decoder, model.tokenizer), model
+    if model.context is None:
+        decoder = gpt_model(model.params, model.cfg, attention=attention, dtype=model.objective.dtype)
+        return Engine(decoder, model.tokenizer), model
+    opts, T = config.mc, model.cfg.sequence_len
+    decoder = ContextDecoder(
+        GPTDecoder(model.cfg, attention, model.objective.dtype),
+        model.context,
+        context_setup.allocator_config(opts, model.context.context, T),
+        context_setup.budget(opts, model.context.context, T),
+        opts.mc_lens,
+        context_setup.iterations(opts),
+    )
+    return Engine(context_model(model.params, decoder), model.tokenizer), model

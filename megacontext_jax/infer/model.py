@@ -79,10 +79,12 @@ def gpt_model(
     weight for every token.
     """
     dtype = np.dtype(dtype)
-    return Model(GPTDecoder(cfg, attention, dtype), _prepare(params, dtype))
+    return Model(GPTDecoder(cfg, attention, dtype), prepare_params(params, dtype))
 
 
 @partial(jax.jit, static_argnums=1)
-def _prepare(params, dtype: np.dtype):
+def prepare_params(params, dtype: np.dtype):
+    """The weights as `decode` reads them, cast to `dtype`; GistNet and LensNet are left out."""
+    params = {name: x for name, x in params.items() if name not in ("gistnet", "lensnet")}
     # scales of single numbers stay float32, as in training
     return decode.unstack_layers(jax.tree.map(lambda w: w.astype(dtype) if w.ndim > 1 else w, params))

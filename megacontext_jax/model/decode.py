@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import NEG, AttentionFn, reference_attention
 from megacontext_jax.model.gpt import (
+    Entries,
     close_block,
     embed,
     enter_block,
@@ -33,6 +34,7 @@ class Cache(NamedTuple):
     v: tuple[jax.Array, ...]
     previous_B1C: jax.Array  # embedding of the last token, for the smear
     length_B: jax.Array  # valid slots of each row
+    offset_B: jax.Array  # tokens that a row has seen beyond its slots: more than none where some share a gist
 
 
 def unstack_layers(params: dict) -> dict:
@@ -70,7 +72,8 @@ def _append(cache_BKSD, x_BKD, pos_B):
 def init_cache(cfg: GPTConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
     shape = (batch, cfg.n_kv_head, slots, cfg.head_dim)
     arrays = [tuple(jnp.zeros(shape, dtype) for _ in range(cfg.n_layer)) for _ in range(2)]
-    return Cache(*arrays, jnp.zeros((batch, 1, cfg.n_embd), dtype), jnp.zeros(batch, jnp.int32))
+    previous_B1C = jnp.zeros((batch, 1, cfg.n_embd), dtype)
+    return Cache(*arrays, previous_B1C, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 def prefill(
@@ -87,23 +90,44 @@ def prefill(
 
     Returns the float32 logits [B, V] after each row's last valid token, and the cache.
     """
-    T = ids_BT.shape[1]
-    rope = rope_table(cfg, jnp.arange(T), dtype)
     e_BTC = embed(params, ids_BT, dtype)
     x_BTC = smear(params, e_BTC, shift_right(e_BTC))
+    entries = Entries(x_BTC, rope_table(cfg, jnp.arange(ids_BT.shape[1]), dtype), {})
+    tokens = Prompt(ids_BT, length_B, jnp.ones(ids_BT.shape, bool), e_BTC)
+    return prefill_entries(params, cfg, entries, tokens, length_B, cache, attention=attention)
+
+
+class Prompt(NamedTuple):
+    """The tokens behind the places of a prompt."""
+
+    ids_BW: jax.Array  # what place w stands for; of no account where it is no token
+    tokens_B: jax.Array  # seen in all
+    raw_BW: jax.Array  # bool: the place is a token
+    last_BWC: jax.Array  # embeddings, of which that of the last valid place is kept for the smear
+
+
+def prefill_entries(
+    params, cfg: GPTConfig, entries: Entries, prompt: Prompt, count_B, cache: Cache, *, attention: AttentionFn
+):
+    """Fill an empty cache with right-padded entries, of which `count_B` are valid; returns as `prefill`."""
+    x_BTC, rope, _ = entries
+    T, dtype = x_BTC.shape[1], x_BTC.dtype
     x0_BTC, kept_BTC, ks, vs = x_BTC, None, [], []
-    for i, layer, window, value in _layers(params, cfg, ids_BT, dtype):
+    for i, layer, window, value in _layers(params, cfg, prompt.ids_BW, dtype):
         x_BTC = enter_block(layer, x_BTC, x0_BTC)
+        if value is not None:
+            value["rows"] = value["rows"] * prompt.raw_BW[..., None].astype(dtype)
         q, k, v = qkv(layer, cfg, x_BTC, rope, value)
         x_BTC = close_block(layer, x_BTC, attention(q, k, v, window=window if window < T else None))
         kept_BTC = x_BTC if i == cfg.n_layer // 2 else kept_BTC
         ks.append(cache.k[i].at[:, :, :T].set(k.transpose(0, 2, 1, 3).astype(cache.k[i].dtype)))
         vs.append(cache.v[i].at[:, :, :T].set(v.transpose(0, 2, 1, 3).astype(cache.v[i].dtype)))
-    last_B11 = (length_B - 1)[:, None, None]
+    last_B11 = (count_B - 1)[:, None, None]
     x_B1C, kept_B1C, e_B1C = (
-        jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, kept_BTC, e_BTC)
+        jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, kept_BTC, prompt.last_BWC)
     )
-    return _head(params, cfg, x_B1C, kept_B1C), Cache(tuple(ks), tuple(vs), e_B1C, length_B)
+    cache = Cache(tuple(ks), tuple(vs), e_B1C, count_B, prompt.tokens_B - count_B)
+    return _head(params, cfg, x_B1C, kept_B1C), cache
 
 
 def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float32):
@@ -113,7 +137,7 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
     """
     B, S = ids_B.shape[0], cache.k[0].shape[2]
     pos_B = cache.length_B
-    rope = rope_table(cfg, pos_B[:, None], dtype)
+    rope = rope_table(cfg, (pos_B + cache.offset_B)[:, None], dtype)
     back_BS = pos_B[:, None] - jnp.arange(S)
     e_B1C = embed(params, ids_B[:, None], dtype)
     x_B1C = smear(params, e_B1C, cache.previous_B1C.astype(dtype))
@@ -133,7 +157,7 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
         kept_B1C = x_B1C if i == cfg.n_layer // 2 else kept_B1C
         ks.append(k_BKSD)
         vs.append(v_BKSD)
-    return _head(params, cfg, x_B1C, kept_B1C), Cache(tuple(ks), tuple(vs), e_B1C, pos_B + 1)
+    return _head(params, cfg, x_B1C, kept_B1C), Cache(tuple(ks), tuple(vs), e_B1C, pos_B + 1, cache.offset_B)
 
 
 def _head(params, cfg, x_B1C, kept_B1C):

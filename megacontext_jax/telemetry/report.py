@@ -38,6 +38,8 @@ ORDER = (
     "chat-evaluation-sft",
     "chat-rl",
     "chat-evaluation-rl",
+    "working-contexts",
+    "long-context",
 )
 STAGE_OF = {
     "base-model-training": "base",
@@ -91,6 +93,8 @@ def write_section(
     summary: Mapping[str, float] | None = None,
     samples: Sequence[Mapping[str, str]] = (),
     metrics: Path | None = None,
+    table: Sequence[Sequence[str]] = (),
+    pictures: Sequence[str] = (),
     started: float | None = None,
 ) -> Path:
     """Writes (or replaces) one section of the report; returns its file.
@@ -104,6 +108,8 @@ def write_section(
             names begin with "Final ".
         samples: [{"prompt": ..., "completion": ...}], shown under "Samples".
         metrics: the stage's metrics.jsonl, from which `generate` draws the curves.
+        table: rows of cells, the header first.
+        pictures: names of picture files in the report's folder.
         started: Unix time of the stage's start; default: the start of this process.
     """
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug):
@@ -127,6 +133,8 @@ def write_section(
         "summary": dict(summary),
         "samples": [dict(sample) for sample in samples],
         "metrics": None if metrics is None else _stored_path(Path(metrics)),
+        "table": [list(row) for row in table],
+        "pictures": list(pictures),
     }
     path = report_dir() / f"{slug}.json"
     _write_json(path, section)
@@ -295,6 +303,10 @@ def _section(section: Mapping[str, Any]) -> str:
         lines += [f"- run: {section['run']}"]
     for group in section["facts"]:
         lines += _bullets(group)
+    if section.get("table"):
+        lines += ["", *_table(section["table"])]
+    for name in section.get("pictures", ()):
+        lines += ["", f"![{section['title']}]({name})"]
     return "\n".join([*lines, ""])
 
 

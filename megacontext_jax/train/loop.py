@@ -22,6 +22,7 @@ from megacontext_jax.config import Config
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
+from megacontext_jax.eval.working_contexts import Probe
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.runtime import print0
 from megacontext_jax.telemetry import hardware, report
@@ -68,7 +69,7 @@ class Setup:
     identity_defaults: dict  # values of options that older checkpoints do not know
     description: dict  # model config, tokenizer digest: what a reader of the checkpoint needs
     start_params: Callable[[object], dict] | None = None  # template -> parameters of the stage before
-    probe: Callable[[dict], dict] | None = None  # params -> further metrics at every validation
+    probe: Probe | None = None  # further metrics at every validation
     sample: Callable[[dict], list[dict]] | None = None  # params -> [{"prompt", "completion"}]
     facts: dict = field(default_factory=dict)  # for the report
 
@@ -226,12 +227,14 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         nonlocal best
         for name, batches in setup.validation.items():
             results[name] = bits_per_byte(bpb_step, state.params, batches, mesh)
-        main = results["val/bpb"]
-        best = min(best, main)
-        print0(
-            f"Step {step:05d} | " + " | ".join(f"{k.split('/', 1)[1]}: {v:.6f}" for k, v in results.items())
-        )
+        best = min(best, results["val/bpb"])
+        bits = {name.split("/", 1)[1]: results[name] for name in setup.validation}
+        print0(f"Step {step:05d} | " + " | ".join(f"{name}: {value:.6f}" for name, value in bits.items()))
         more = setup.probe(state.params) if setup.probe else {}
+        results.update({name: value for name, value in more.items() if name.startswith("val/")})
+        if more:
+            print0(f"Step {step:05d} | " + setup.probe.line(more))
+            metrics.event("focus_allocator", setup.probe.event(more))
         metrics.log(results | more, step=step)
         log.restart_clock()
 

@@ -23,6 +23,7 @@ from megacontext_jax.data.conversations import (
 )
 from megacontext_jax.data.stream import pretrain_stream, val_batches
 from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.eval.working_contexts import Probe, views_of
 from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_samples
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, make_objective
@@ -166,6 +167,11 @@ def prepare(config: Config, stage: str) -> Setup:
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest}
         | ({} if parts is None else {"context_config": context_setup.to_dict(parts)}),
         start_params=source and partial(start_from, source, source_step, source_context, parts, run.seed),
+        probe=None
+        if parts is None or config.mc.mc_disable_val
+        else Probe(
+            views_of(config, trained), data.validation["val/bpb"], mesh, timers=config.mc.mc_log_timers
+        ),
         sample=partial(draw_samples, objective, tokenizer, data.prompts)
         if jax.process_count() == 1
         else None,
@@ -213,7 +219,9 @@ def context_facts(phases: list, model: GPTConfig) -> dict:
     ctx, mix = last.context, last.mixture
     shapes = jax.eval_shape(partial(init_context, ctx), jax.random.key(0))
     sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in shapes.items()}
-    widths = " ".join(f"{p.objective.width} from step {p.first_step}" for p in phases)
+    widths = ", ".join(
+        f"{p.objective.width} from step {p.first_step}" for p in phases if p.objective.mixture.variants
+    )
     return {
         "Gists": f"{ctx.gist.kind}, {ctx.block} to 1, {ctx.levels} level(s), positions {ctx.positions}",
         "GistNet, LensNet": f"{sizes['gistnet']:,} and {sizes['lensnet']:,} parameters",

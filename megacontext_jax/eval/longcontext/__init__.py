@@ -1,0 +1,1 @@
+"""The tiny long-context suite: generated tasks that a small model learns on a CPU in minutes."""

@@ -1,0 +1,100 @@
+"""What the table compares: the same questions under several ways to show the history."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megacontext_jax.context.allocator import AllocatorConfig
+from megacontext_jax.context.focus import focus, seed_layout
+from megacontext_jax.context.layout import Layout, raw_layout
+from megacontext_jax.context.objective import ContextObjective
+from megacontext_jax.eval.longcontext.models import budget, objective_for
+from megacontext_jax.eval.longcontext.tasks import Task
+from megacontext_jax.model.loss import capped_logits
+
+LENSES = ("learned", "attention", "lexical", "random", "oracle")
+COLUMNS = ("full", "sliding", "mean", "gist", *(f"gist_lens_{lens}" for lens in LENSES))
+QUESTIONS = 512  # sequences per task
+ROWS = 64
+
+
+def evaluate(task: Task, size, learned, mean, seed: int) -> dict[str, float]:
+    """Accuracy per column; `learned` and `mean` are the parameters of the two models of the task."""
+    objective = objective_for(task, size, "transformer")
+    baseline = objective_for(task, size, "mean")
+    score = jax.jit(partial(_score, objective, task, ("full", "sliding", "gist", *LENSES)))
+    score_mean = jax.jit(partial(_score, baseline, task, ("gist",)))
+    rng = np.random.default_rng(10_000 + seed)
+    rows = max(8, min(ROWS, ROWS * 256 // task.tokens))
+    totals: dict[str, float] = {}
+    for i in range(QUESTIONS // rows):
+        batch = task.make(rng, rows, task.tokens, True)
+        found = score(learned, batch, jax.random.key(i))
+        found["mean"] = score_mean(mean, batch, jax.random.key(i))["gist"]
+        for name, value in found.items():
+            totals[name] = totals.get(name, 0.0) + float(value) / (QUESTIONS // rows)
+    return {name: totals[name.removeprefix("gist_lens_")] for name in COLUMNS}
+
+
+def allocator_for(task: Task) -> AllocatorConfig:
+    """Expansions into spare places and swaps; scores decide alone."""
+    return AllocatorConfig(
+        block=task.block,
+        max_level=task.levels,
+        recent=task.asked,
+        expand_threshold=-1.0,
+        collapse_threshold=-1.0,
+        max_replacements=task.expand,
+        cooldown=0,
+        hysteresis=0.0,
+    )
+
+
+def layouts(objective: ContextObjective, task: Task, params, tables, batch, key, kind: str) -> Layout:
+    """The working contexts of a column for a batch of histories."""
+    ids_BT = batch["inputs"]
+    B, T = ids_BT.shape
+    entries = budget(task)
+    if kind == "full":
+        return raw_layout(B, T)
+    if kind == "sliding":
+        raw = raw_layout(B, T)
+        return Layout(*(x[:, T - entries :] for x in raw))
+    cfg = allocator_for(task)
+    if kind == "gist":
+        return seed_layout(B, T, entries, cfg, spare=1.0)
+    return focus(
+        objective,
+        params,
+        tables,
+        ids_BT,
+        cfg,
+        budget=entries,
+        lens=kind,
+        iterations=task.levels,
+        spare=1.0,
+        key=key,
+        fact_RT=batch["facts"],
+    ).layout
+
+
+def _score(objective: ContextObjective, task: Task, kinds, params, batch, key) -> dict:
+    tables = objective.tables(params, batch["inputs"])
+    answers = batch["targets"][:, -task.asked :]
+    found = {}
+    for kind in kinds:
+        layout = layouts(objective, task, params, tables, batch, key, kind)
+        x_RWC = objective.hidden(params, tables, batch["inputs"], layout)
+        last_RA = layout.count_B[:, None] - task.asked + jnp.arange(task.asked)
+        x_RAC = jnp.take_along_axis(x_RWC, last_RA[..., None], axis=1)
+        cfg = objective.cfg
+        logits_RAV = capped_logits(x_RAC, params["lm_head"], cfg.logit_cap, cfg.vocab_size)
+        found[kind] = (logits_RAV.argmax(-1) == answers).mean()
+    return found
+
+
+def with_tokens(task: Task, tokens: int) -> Task:
+    return replace(task, tokens=tokens)
