@@ -103,3 +103,15 @@ begin_recipe() {
 stage() {
   python -m "scripts.$1" --recipe "$RECIPE" ${WANDB_RUN:+--run "$WANDB_RUN"} "${@:2}" --fresh false --tag "$TAG"
 }
+
+# with_mc "$@": whether a recipe was asked for MegaContext.
+with_mc() {
+  local word answer=1
+  for word in "$@"; do
+    case "$word" in
+      --mc | --mc=1 | --mc=true | --mc_enabled=1 | --mc-enabled=1) answer=0 ;;
+      --mc=0 | --mc=false | --mc_enabled=0 | --mc-enabled=0) answer=1 ;;
+    esac
+  done
+  return "$answer"
+}
