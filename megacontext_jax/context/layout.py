@@ -165,7 +165,8 @@ def compress(
         if not oldest_first:
             order_Bn += tau_B1 * jax.random.uniform(jax.random.fold_in(key, 2 * level + 1), (rows, n))
         order_Bn = jnp.where(free_Bn, order_Bn, jnp.inf)
-        rank_Bn = (order_Bn[:, None, :] < order_Bn[:, :, None]).sum(-1)
+        # by sorting: compared pairwise, a value that XLA computes twice may differ from itself in the last bit
+        rank_Bn = jnp.argsort(jnp.argsort(order_Bn, axis=1), axis=1)
         chosen_Bn = free_Bn & (rank_Bn < take_B[:, None])
         chosen_BN = jnp.repeat(chosen_Bn, children, axis=1)
         chosen_BN = jnp.pad(chosen_BN, ((0, 0), (0, N - n * children)))

@@ -1,0 +1,120 @@
+"""Layouts: the invariants of every drawn working context, and that each broken one is told."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megacontext_jax.context import layout as layouts
+from megacontext_jax.errors import UserError
+
+# (tokens, block, levels, recent, wanted width)
+SHAPES = (
+    (256, 4, 3, 16, 64),
+    (250, 8, 2, 32, 100),
+    (64, 2, 4, 5, 12),
+    (2048, 32, 2, 128, 600),
+    (40, 4, 2, 0, 40),
+)
+ROWS = 512
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def draw(seed, shape, oldest_first=False):
+    tokens, block, levels, recent, wanted = shape
+    options = {"block": block, "levels": levels, "recent": recent}
+    width = layouts.reachable_width(wanted, tokens, **options)
+    cut = layouts.compress(jax.random.key(seed), ROWS, tokens, width, oldest_first=oldest_first, **options)
+    broken = layouts.violations(
+        cut.layout, block=block, tokens=tokens, budget=wanted, recent=recent, max_level=levels
+    )
+    return cut, broken
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seed=st.integers(0, 2**31 - 1), shape=st.sampled_from(SHAPES))
+def test_drawn_layouts_break_no_invariant(seed, shape):
+    cut, broken = draw(seed, shape)
+    assert {name: int(bad.sum()) for name, bad in broken.items()} == dict.fromkeys(broken, 0)
+    assert cut.layout.valid_BW.all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_block_levels_are_those_of_the_entries(shape):
+    cut, _ = draw(3, shape)
+    block = shape[1]
+    level, begin = (np.asarray(x) for x in (cut.layout.level_BW, layouts.starts(cut.layout, block)))
+    shown = np.asarray(cut.block_level_BN)
+    inside = begin // block < shown.shape[1]
+    rows = np.arange(ROWS)[:, None]
+    at = np.minimum(begin // block, shown.shape[1] - 1)
+    assert (np.where(inside, shown[rows, at], 0) == level).all()
+
+
+def test_layouts_vary_and_oldest_first_does_not():
+    shape = SHAPES[0]
+    cut, _ = draw(1, shape)
+    assert len(np.unique(np.asarray(cut.block_level_BN), axis=0)) > 0.5 * ROWS
+    assert len(np.unique(np.asarray(cut.layout.level_BW > 1).sum(1))) > 5  # also how many upper gists
+    first, broken = draw(1, shape, True)
+    assert len(np.unique(np.asarray(first.block_level_BN), axis=0)) == 1
+    assert not any(bad.any() for bad in broken.values())
+    levels = np.asarray(first.block_level_BN)[0]
+    assert (np.diff(levels[levels.nonzero()]) <= 0).all()  # coarse, then finer, then raw
+    assert (np.diff((levels > 0).astype(int)) <= 0).all()
+
+
+def legal() -> layouts.Layout:
+    """16 tokens in blocks of 4: a gist, then twelve raw tokens, one place unused."""
+    level = jnp.asarray([[1] + [0] * 12 + [0]])
+    node = jnp.asarray([[0, *range(4, 16), 0]])
+    return layouts.Layout(level, node, jnp.arange(14)[None] < 13)
+
+
+BREAKS = {
+    "budget": lambda x, _: (x, {"budget": 12}),
+    "contiguity": lambda x, _: (x._replace(node_BW=x.node_BW.at[0, 5].set(9)), {}),
+    "legality": lambda x, _: (x, {"max_level": 0}),
+    "tail": lambda x, _: (x, {"recent": 13}),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_each_broken_invariant_is_told(name):
+    options = {"block": 4, "tokens": 16, "budget": 13, "recent": 4, "max_level": 2}
+    whole = layouts.violations(legal(), **options)
+    assert not any(bool(bad[0]) for bad in whole.values())
+    broken, changed = BREAKS[name](legal(), options)
+    told = layouts.violations(broken, **(options | changed))
+    assert [key for key, bad in told.items() if bool(bad[0])] == [name]
+
+
+@pytest.mark.parametrize("hole", ["gap at the end", "a place in the middle"])
+def test_missing_tokens_are_told(hole):
+    place = 12 if hole == "gap at the end" else 6
+    broken = legal()._replace(valid_BW=legal().valid_BW.at[0, place].set(False))
+    told = layouts.violations(broken, block=4, tokens=16, budget=13, recent=4, max_level=2)
+    assert bool(told["contiguity"][0])
+
+
+def test_widths_that_cannot_be_reached_are_refused():
+    options = {"block": 4, "levels": 2, "recent": 8}
+    fewest = layouts.fewest_entries(64, **options)
+    assert layouts.reachable_width(fewest, 64, **options) == fewest
+    assert layouts.reachable_width(64, 64, **options) == 64
+    for target in range(fewest, 65):
+        width = layouts.reachable_width(target, 64, **options)
+        assert target - 3 < width <= target
+    with pytest.raises(UserError, match=f"at least {fewest}"):
+        layouts.reachable_width(fewest - 1, 64, **options)
+
+
+def test_raw_entries_are_appended_behind_the_valid_ones():
+    longer = layouts.append_raw(legal(), 16, 3)
+    told = layouts.violations(longer, block=4, tokens=19, budget=16, recent=4, max_level=2)
+    assert not any(bool(bad[0]) for bad in told.values())
+    assert int(longer.count_B[0]) == 16
