@@ -132,8 +132,9 @@ def compress(
     """Layouts of exactly `width` entries: aligned compressions of the head before a raw tail.
 
     Drawn at random: how many nodes of each upper level, then which ones, by an order between "oldest first" and
-    "any" that differs from row to row. With `oldest_first` nothing is random: the fewest upper nodes, at the
-    oldest places. `width` must be reachable (`reachable_width`).
+    "any" that differs from row to row. With `oldest_first` nothing is random: as many upper nodes as fit, at the
+    oldest places, so that detail falls with distance and the raw tail is the longest. `width` must be reachable
+    (`reachable_width`).
     """
     available = _head_nodes(tokens, block, levels, recent)
     N = available[0] if available else 0
@@ -159,7 +160,7 @@ def compress(
             most_B = jnp.maximum(least_B, jnp.minimum(free_Bn.sum(-1), open_B // whole))
             share_B = jax.random.uniform(jax.random.fold_in(key, 2 * level), (rows,)) ** 2
             extra_B = jnp.floor(share_B * (most_B - least_B + 1)).astype(jnp.int32)
-            take_B = least_B if oldest_first else least_B + jnp.minimum(extra_B, most_B - least_B)
+            take_B = most_B if oldest_first else least_B + jnp.minimum(extra_B, most_B - least_B)
             open_B = open_B - take_B * whole
         order_Bn = jnp.broadcast_to(jnp.arange(n) / n, (rows, n))
         if not oldest_first:
