@@ -1,8 +1,10 @@
 import pytest
 
 from megacontext_jax import config as c
-from megacontext_jax.cli import parse
+from megacontext_jax.cli import REPLACED, parse
+from megacontext_jax.context import setup
 from megacontext_jax.errors import UserError
+from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.train.plan import batch_layout, model_of, plan_stage, scaled
 from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
@@ -157,3 +159,145 @@ def test_scaling_asks_for_what_is_possible():
     both = c.StageConfig(warmup_ratio=0.1, warmup_steps=40)
     with pytest.raises(UserError, match="warmup"):
         schedules(both, RECIPES["muon"], 100, first_stage=True)
+
+
+# --- MegaContext ----------------------------------------------------------------------------------------
+
+# Flags of the PyTorch fork (base_train and run10.sh), each with a value that its documentation shows.
+FORK = """
+--mc_enabled=1 --block_size=32 --gist-block 32
+--gistnet_type=transformer --gistnet_layers=2 --gistnet_pooling=mean --gistnet_head=mlp --gistnet transformer
+--lensnet_type=transformer --lensnet_layers=2 --lensnet_head=mlp --lensnet transformer
+--allocator_type=greedy --allocator stochastic_greedy --allocator_soft_max=2048 --allocator_recent_tokens=128
+--allocator_expand_threshold=0.1 --allocator_collapse_threshold=0.1 --allocator_max_replacements=4
+--allocator_iterations=2 --allocator_sample_top_k=4 --allocator_sample_temperature=1.0
+--positional_type=gaussian_alibi --positional simple
+--mc_aux_dtype=auto --mc_tree_type=ram --mc_tree ram --mc_lens_loss_weight=0.1
+--mc_auto_batch=1 --mc_auto_batch_safety=1.25 --mc_eval_soft_max_length=64
+--mc_infer_allocator_max_replacements=4 --mc_infer_allocator_iterations=2 --mc_infer_refocus_interval=32
+--mc_infer_rebuild_max_replacements=4 --mc_infer_rebuild_iterations=2
+--mc_train_report=0 --mc_val_report=1 --mc_log_timers=0 --mc_log_lod_ascii_train=0 --mc_log_lod_ascii_val=0
+--mc_log_lens_debug=0 --mc_disable_val=0
+--mc_lens_rank_weight=0.5 --mc_lens_budget_weight=0.1 --mc_lens_margin=0.1 --mc_lens_collapse_weight=1.0
+--mc_lens_temperature=1.0 --mc_lens_kl_weight=0.0 --mc_lens_budget_smooth_weight=0.0
+--mc_lens_budget_smooth_beta=0.9 --mc_lens_hard_negative_ratio=1.0
+--mc_train_wc_length=1536 --mc_num_random_variants=2 --mc_gist_delta_weight=0.1 --mc_max_lens_pairs=8
+"""
+EMPTY = """
+--mc_eval_soft_max_length= --mc_infer_allocator_max_replacements= --mc_infer_allocator_iterations=None
+--mc_infer_rebuild_max_replacements= --mc_infer_rebuild_iterations= --mc_train_wc_length=
+"""
+GONE = "--mc_random_variant_iterations=4 --mc_compile_gistnet=1 --mc-compile-lensnet 1 --mc_lens_adv_norm_beta=0.9"
+
+
+def mega(*words: str) -> c.MegaContextConfig:
+    return parse(["--config", "run10_cpu", *words], doc="", stage="base").mc
+
+
+def dashed(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+@pytest.mark.parametrize(
+    "spell", [str, dashed, lambda word: word.replace("=", " ")], ids=["as is", "-", "apart"]
+)
+def test_the_forks_flags_are_taken(spell, capsys):
+    words = " ".join(map(spell, FORK.split())).split()
+    config = parse(["--config", "run10_cpu", *words], doc="", stage="base")
+    assert config.run.mc
+    assert (config.mc.block_size, config.mc.allocator_type) == (32, "stochastic_greedy")
+    assert (config.mc.positional_type, config.mc.mc_tree) == ("simple", "ram")
+    assert config.mc.mc_eval_soft_max_length == 64
+    assert config.mc.mc_train_wc_length == 1536
+    assert config.mc.mc_gist_delta_weight == 0.1
+    assert capsys.readouterr().err == ""
+
+
+def test_flags_reach_the_field_of_their_name():
+    assert mega("--gist-block", "8").block_size == 8
+    assert mega("--gistnet", "mean").gistnet_type == "mean"
+    assert mega("--positional", "rank").positional_type == "rank"
+    assert mega("--mc_tree_type", "disk").mc_tree == "disk"
+    assert mega("--mc_log_timers").mc_log_timers
+    assert not mega("--mc_auto_batch=0").mc_auto_batch
+    assert parse(["--config", "run10_cpu", "--mc", "--depth", "3"], doc="").run.mc
+    assert not parse(["--config", "run10_cpu", "--mc_enabled=0"], doc="").run.mc
+
+
+def test_the_allocator_that_never_was_becomes_greedy(capsys):
+    assert mega("--allocator", "simple").allocator_type == "greedy"
+    assert "greedy takes its place" in capsys.readouterr().err
+
+
+def test_empty_values_mean_derive_it():
+    assert mega(*EMPTY.split()) == mega()
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_is_replaced_says_by_what(name, capsys):
+    assert mega(f"--{name.replace('-', '_')}=1") == mega(f"--{name}", "1") == mega()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 2
+    assert f"--{name} is not needed: {REPLACED[name]}." in said
+
+
+def test_the_forks_own_leftovers_are_all_replaced():
+    assert mega(*GONE.split()) == mega()
+
+
+def context_of(**options):
+    opts, model = (
+        c.MegaContextConfig(block_size=4, **options),
+        GPTConfig(sequence_len=64, n_embd=32, n_head=2, n_kv_head=2),
+    )
+    parts = setup.context_config(opts, model)
+    setup.mixture(opts, 64)
+    setup.final_width(opts, parts, 64)
+    setup.budget(opts, parts, 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"mc_train_wc_length": 65}, "--mc-train-wc-length 65"),
+        ({"mc_train_wc_length": 8}, "64 tokens cannot be shown in 8 entries"),
+        ({"allocator_soft_max": 8}, "64 tokens cannot be shown in 8 entries"),
+        ({"mc_levels": 0}, "--mc-levels"),
+        ({"mc_horizon": 64}, "--mc-horizon 64"),
+        ({"gistnet_layers": 0}, "--gistnet-layers"),
+        ({"positional_type": "rotary"}, "'rotary' is unknown; choose one of gaussian, simple"),
+        ({"positional_type": "gaussian_lod2d"}, "'gaussian_lod2d' has more channels than a head"),
+        ({"positional_type": "gaussian_lod2d_alibi"}, "has more channels than a head"),
+        ({"mc_num_random_variants": -1}, "--mc-num-random-variants"),
+        ({"mc_lens_temperature": 0.0}, "--mc-lens-temperature"),
+        ({"mc_lens_hard_negative_ratio": 0.0}, "--mc-lens-hard-negative-ratio"),
+        ({"mc_lens_budget_smooth_beta": 1.0}, "--mc-lens-budget-smooth-beta"),
+        ({"mc_raw_share": 1.5}, "--mc-raw-share"),
+    ],
+)
+def test_a_megacontext_that_cannot_be_is_one_sentence(options, word):
+    context_of(mc_horizon=8)  # the rest can be
+    with pytest.raises(UserError) as error:
+        context_of(**{"mc_horizon": 8} | options)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (("--block-size", "1"), "--block-size 1"),
+        (("--mc-lens", "psychic"), "psychic"),
+        (("--gistnet", "rnn"), "rnn"),
+        (("--mc_max_lens_pairs=many",), "whole number"),
+        (("--mc_lens_margn=1",), "--mc-lens-margin"),
+        (("--allocator", "clever"), "clever"),
+    ],
+)
+def test_a_bad_megacontext_flag_is_one_sentence(words, word):
+    model = GPTConfig(sequence_len=64, n_embd=32, n_head=2, n_kv_head=2)
+    with pytest.raises(UserError) as error:
+        setup.context_config(mega(*words), model)
+    assert word in str(error.value)
+    assert "\n" not in str(error.value)

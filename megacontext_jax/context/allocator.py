@@ -2,7 +2,7 @@
 
 One iteration is a pure function of layout, scores and ages. Expansions and collapses queue separately; every
 expansion takes block - 1 places and every collapse frees as many, so that a full context is refocused by swaps of
-net zero. Shape suffixes: B rows, W places.
+net zero. Rows know nothing of each other. Shape suffixes: B rows, W places, Q places in a queue, M edits.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,8 @@ class AllocatorConfig:
 
 class Focus(NamedTuple):
     layout: Layout
-    age_BW: (
-        jax.Array
-    )  # iterations since an edit made the entry; at the start `cooldown`, so that all may be edited
+    # iterations since an edit made the entry; at the start `cooldown`, so that all may be edited
+    age_BW: jax.Array
 
 
 class EditStats(NamedTuple):
@@ -62,165 +61,243 @@ def new_focus(layout: Layout, cfg: AllocatorConfig) -> Focus:
 def refocus(
     focus: Focus, score_BW, cfg: AllocatorConfig, *, budget, tokens, key=None
 ) -> tuple[Focus, EditStats]:
-    """One iteration. `budget` and `tokens` (of the whole history) are numbers or [B].
+    """One iteration. `budget` (entries) and `tokens` (of the whole history) are numbers or [B].
 
-    Scores above 0 ask to expand, below 0 to collapse. Within the budget at most `max_replacements` edits are made,
-    the most wanted expansions first; one that does not fit is paid for by the most wanted collapse, if the two
-    scores are `hysteresis` apart. Nothing collapses for its own sake. Over the budget the lowest groups collapse,
-    as many as it takes or as there are, and nothing expands.
+    Scores (finite) above 0 ask to expand, below 0 to collapse. Within the budget at most `max_replacements` edits
+    are made, the most wanted expansions first; one that does not fit is paid for by the most wanted collapse, if
+    the two scores are `hysteresis` apart. Nothing collapses for its own sake. A budget above the places there are
+    counts as these.
+
+    Over the budget nothing expands, and the lowest groups collapse until it is met or nothing is left to
+    collapse: thresholds, cooldown and `max_replacements` are wishes, the budget is not (`_fit`).
+
+    `key` is one key or one for each row; only "stochastic_greedy" draws (of key 0 where none is given).
     """
-    layout, age_BW = focus
     B, W = score_BW.shape
-    K = cfg.block
     budget_B = jnp.broadcast_to(jnp.asarray(budget, jnp.int32), (B,))
-    tokens_B1 = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (B,))[:, None]
-    count_B = layout.count_B
-    behind_BW = 1.0 - jnp.arange(W) / jnp.maximum(count_B[:, None], 1)  # share of the context behind an entry
-    rested_BW = layout.valid_BW & (age_BW >= cfg.cooldown)
-    gain_BW = score_BW - cfg.edit_cost * behind_BW
-    expand_BW = rested_BW & (layout.level_BW > 0) & (gain_BW >= cfg.expand_threshold)
-
-    group_BW = _groups(layout, K, cfg.max_level, tokens_B1 - cfg.recent)
-    loss_BW = _window_sum(score_BW, K) / K + cfg.edit_cost * behind_BW
-    idle_BW = group_BW & (_window_sum(rested_BW, K) == K) & (_window_sum(expand_BW, K) == 0)
-    collapse_BW = idle_BW & (loss_BW <= -cfg.collapse_threshold)
-
-    # over the budget
-    over_B = jnp.maximum(count_B - budget_B, 0)
-    needed_B = -(-over_B // (K - 1))
-    order_BW = jnp.argsort(jnp.where(group_BW, loss_BW, jnp.inf), axis=1)
-    forced_BW = group_BW & (jnp.argsort(order_BW, axis=1) < needed_B[:, None])
-
-    # within it
-    key = jax.random.key(0) if key is None else key
-
-    def edit(i, carry):
-        expand_BW, collapse_BW, chosen_BW, folded_BW, room_B, left_B = carry
-        up_B, up_score_B = _best(gain_BW, expand_BW, cfg, jax.random.fold_in(key, 2 * i))
-        down_B, down_score_B = _best(-loss_BW, collapse_BW, cfg, jax.random.fold_in(key, 2 * i + 1))
-        fits_B = room_B >= K - 1
-        swap_B = ~fits_B & (left_B >= 2) & (up_score_B + down_score_B >= cfg.hysteresis)
-        do_B = (left_B >= 1) & (up_score_B > -jnp.inf) & (fits_B | swap_B)
-        up_BW = do_B[:, None] & (jnp.arange(W) == up_B[:, None])
-        down_BW = (do_B & ~fits_B)[:, None] & (jnp.arange(W) == down_B[:, None])
-        room_B -= jnp.where(do_B & fits_B, K - 1, 0)
-        left_B -= jnp.where(do_B, jnp.where(fits_B, 1, 2), 0)
-        return (
-            expand_BW & ~up_BW,
-            collapse_BW & ~down_BW,
-            chosen_BW | up_BW,
-            folded_BW | down_BW,
-            room_B,
-            left_B,
-        )
-
-    nothing_BW = jnp.zeros((B, W), bool)
-    left_B = jnp.where(over_B > 0, 0, cfg.max_replacements)
-    carry = (expand_BW, collapse_BW, nothing_BW, nothing_BW, budget_B - count_B, left_B)
-    _, _, chosen_BW, folded_BW, _, _ = jax.lax.fori_loop(0, cfg.max_replacements, edit, carry)
-    folded_BW |= forced_BW
-    after, age_BW = apply_edits(layout, age_BW + 1, chosen_BW, folded_BW, K)
-    return Focus(after, age_BW), _statistics(layout, after, age_BW, chosen_BW, folded_BW, budget_B)
+    limit_B1 = jnp.broadcast_to(jnp.asarray(tokens, jnp.int32), (B,))[:, None] - cfg.recent
+    before_B = focus.layout.count_B
+    older = Focus(focus.layout, focus.age_BW + 1)
+    within_B = before_B <= budget_B
+    fitted, forced_B = jax.lax.cond(
+        within_B.all(),
+        lambda: (older, jnp.zeros(B, jnp.int32)),
+        lambda: _fit(older, score_BW, cfg, budget_B, limit_B1),
+    )
+    most_B = jnp.where(within_B, cfg.max_replacements, 0)
+    room_B = jnp.minimum(budget_B, W) - before_B
+    expand_BW, collapse_BW = _select(fitted, score_BW, cfg, room_B, most_B, limit_B1, key)
+    after = Focus(*apply_edits(*fitted, expand_BW, collapse_BW, cfg.block))
+    expands_B, collapses_B = expand_BW.sum(-1), forced_B + collapse_BW.sum(-1)
+    return after, _statistics(after, expands_B, collapses_B, before_B, budget_B)
 
 
 def refocus_many(
     focus: Focus, score, cfg: AllocatorConfig, *, budget, tokens, iterations: int, key=None
 ) -> tuple[Focus, EditStats]:
-    """`iterations` of `refocus`, each with fresh scores `score(layout)` [B, W]; edits and swap rates are summed."""
-    key = jax.random.key(0) if key is None else key
+    """`iterations` of `refocus`, each with fresh scores `score(layout)` [B, W]; edits and swap rates are summed,
+    the other statistics are those of the end."""
+    B = focus.age_BW.shape[0]
+    key_B = _row_keys(key, B)
+    none_B = jnp.zeros(B, jnp.int32)
+    budget_B = jnp.broadcast_to(jnp.asarray(budget, jnp.int32), (B,))
 
-    def step(focus, i):
-        key_i = jax.random.fold_in(key, i)
-        return refocus(focus, score(focus.layout), cfg, budget=budget, tokens=tokens, key=key_i)
+    def step(carry, i):
+        focus, total = carry
+        key_i = jax.vmap(jax.random.fold_in, (0, None))(key_B, i)
+        focus, new = refocus(focus, score(focus.layout), cfg, budget=budget, tokens=tokens, key=key_i)
+        summed = {name: getattr(total, name) + getattr(new, name) for name in EditStats._fields[:3]}
+        return (focus, new._replace(**summed)), None
 
-    focus, stats = jax.lax.scan(step, focus, jnp.arange(iterations))
-    total, last = jax.tree.map(lambda x: x.sum(0), stats), jax.tree.map(lambda x: x[-1], stats)
-    return focus, total._replace(
-        utilization_B=last.utilization_B,
-        residency_mean_B=last.residency_mean_B,
-        residency_p95_B=last.residency_p95_B,
-    )
+    start = focus, _statistics(focus, none_B, none_B, focus.layout.count_B, budget_B)
+    return jax.lax.scan(step, start, jnp.arange(iterations))[0]
 
 
 def apply_edits(layout: Layout, age_BW, expand_BW, collapse_BW, block: int) -> tuple[Layout, jax.Array]:
     """Every marked entry becomes its `block` children, every group of siblings marked at its first its parent.
 
-    Edits must not overlap and their result must fit the places there are.
+    What an edit makes has age 0. Edits must not overlap and their result must fit the places there are.
     """
+    after, of_BW, made_BW = _rearrange(layout, expand_BW, collapse_BW, block)
+    return after, jnp.where(after.valid_BW & ~made_BW, _take(age_BW, of_BW), 0)
+
+
+def _rearrange(layout: Layout, expand_BW, collapse_BW, block: int):
+    """(layout after the edits, the entry that each place comes from, whether an edit made it)."""
     level, node, valid = layout
     B, W = valid.shape
-    inside_BW = _window_sum(collapse_BW, block, backwards=True) > 0  # members of collapsing groups
+    inside_BW = _window_sum(collapse_BW.astype(jnp.int32), block, backwards=True) > 0  # of collapsing groups
     size_BW = jnp.where(expand_BW, block, jnp.where(inside_BW & ~collapse_BW, 0, 1)) * valid
     ends_BW = jnp.cumsum(size_BW, axis=1)
-    # the entry that each new place comes from: entries that end at or before the place are behind it
+    # entries that end at or before a place are behind it
     marks_BW = jnp.zeros((B, W + 1), jnp.int32).at[jnp.arange(B)[:, None], jnp.minimum(ends_BW, W)].add(1)
     of_BW = jnp.minimum(jnp.cumsum(marks_BW[:, :W], axis=1), W - 1)
-
-    def take(x):
-        return jnp.take_along_axis(x, of_BW, axis=1)
-
-    child_BW = jnp.arange(W) - take(ends_BW - size_BW)
-    up, down = take(collapse_BW), take(expand_BW)
-    new_level = take(level) + up - down
-    new_node = jnp.where(down, take(node) * block + child_BW, jnp.where(up, take(node) // block, take(node)))
+    up, down, old = _take(collapse_BW, of_BW), _take(expand_BW, of_BW), _take(node, of_BW)
+    child_BW = jnp.arange(W) - _take(ends_BW - size_BW, of_BW)
+    new_level = _take(level, of_BW) + up - down
+    new_node = jnp.where(down, old * block + child_BW, jnp.where(up, old // block, old))
     new_valid = jnp.arange(W) < ends_BW[:, -1:]
-    new_age = jnp.where(up | down, 0, take(age_BW))
-    clean = Layout(jnp.where(new_valid, new_level, 0), jnp.where(new_valid, new_node, 0), new_valid)
-    return clean, jnp.where(new_valid, new_age, 0)
+    after = Layout(jnp.where(new_valid, new_level, 0), jnp.where(new_valid, new_node, 0), new_valid)
+    return after, of_BW, up | down
 
 
-def _groups(layout: Layout, block: int, max_level: int, limit_B1):
-    """Marks the first of every whole, aligned group of siblings that ends at or before the limit."""
+# --- Choice of edits ---------------------------------------------------------------------------------------
+
+
+def _select(focus: Focus, score_BW, cfg: AllocatorConfig, room_B, most_B, limit_B1, key):
+    """Marks (expand_BW, collapse_BW) of at most `most_B` edits that leave no more than `room_B` places fewer."""
+    (layout, age_BW), K = focus, cfg.block
+    B, W = score_BW.shape
+    most = min(cfg.max_replacements, W)
+    cost_BW = _cost(layout, cfg)
+    rested_BW = layout.valid_BW & (age_BW > cfg.cooldown)  # ages count this iteration already
+    gain_BW = score_BW - cost_BW
+    expand_BW = rested_BW & (layout.level_BW > 0) & (gain_BW >= cfg.expand_threshold)
+    loss_BW = _window_sum(score_BW, K) / K + cost_BW
+    idle_BW = _window_sum((rested_BW & ~expand_BW).astype(jnp.int32), K) == K
+    collapse_BW = _groups(layout, cfg, limit_B1) & idle_BW & (loss_BW <= -cfg.collapse_threshold)
+
+    # a draw chooses among the first `draws` that are left, so that no more than these can ever be chosen
+    draws = max(1, cfg.top_k) if cfg.kind == "stochastic_greedy" else 1
+    length = min(W, most + draws - 1)
+    up_BQ, up_at_BQ = jax.lax.top_k(jnp.where(expand_BW, gain_BW, -jnp.inf), length)
+    down_BQ, down_at_BQ = jax.lax.top_k(jnp.where(collapse_BW, -loss_BW, -jnp.inf), length)
+    if draws > 1:
+        shape = (max(most, 1), 2, length)
+        noise_MB2Q = jax.vmap(lambda k: jax.random.gumbel(k, shape), out_axes=1)(_row_keys(key, B))
+
+    def edit(i, carry):
+        up_open_BQ, down_open_BQ, room_B, left_B = carry
+        noise_B2Q = noise_MB2Q[i] if draws > 1 else jnp.zeros((1, 2, 1))
+        up_BQ1, up_value_B = _draw(up_BQ, up_open_BQ, noise_B2Q[:, 0], draws, cfg.temperature)
+        down_BQ1, down_value_B = _draw(down_BQ, down_open_BQ, noise_B2Q[:, 1], draws, cfg.temperature)
+        fits_B = room_B >= K - 1
+        add_B = fits_B & (left_B >= 1) & (up_value_B > -jnp.inf)
+        swap_B = ~fits_B & (left_B >= 2) & (up_value_B + down_value_B >= cfg.hysteresis)
+        return (
+            up_open_BQ & ~(up_BQ1 & (add_B | swap_B)[:, None]),
+            down_open_BQ & ~(down_BQ1 & swap_B[:, None]),
+            room_B - (K - 1) * add_B,
+            left_B - add_B - 2 * swap_B,
+        )
+
+    carry = (up_BQ > -jnp.inf, down_BQ > -jnp.inf, room_B, most_B)
+    up_open_BQ, down_open_BQ, _, _ = jax.lax.fori_loop(0, most, edit, carry)
+    nothing_BW, row_B1 = jnp.zeros((B, W), bool), jnp.arange(B)[:, None]
+    return (
+        nothing_BW.at[row_B1, up_at_BQ].set((up_BQ > -jnp.inf) & ~up_open_BQ),
+        nothing_BW.at[row_B1, down_at_BQ].set((down_BQ > -jnp.inf) & ~down_open_BQ),
+    )
+
+
+def _draw(value_BQ, open_BQ, noise_BQ, draws: int, temperature: float):
+    """(mark of the choice, its value) in a queue sorted by value; no mark and minus infinity if it is empty."""
+    rank_BQ = jnp.cumsum(open_BQ, axis=1)
+    among_BQ = open_BQ & (rank_BQ <= draws)
+    if draws > 1:
+        drawn_BQ = jnp.where(among_BQ, jnp.abs(value_BQ) / max(temperature, 1e-6) + noise_BQ, -jnp.inf)
+        among_BQ &= jnp.arange(value_BQ.shape[1]) == jnp.argmax(drawn_BQ, axis=1)[:, None]
+    return among_BQ, jnp.where(among_BQ, value_BQ, -jnp.inf).max(-1)
+
+
+def _fit(focus: Focus, score_BW, cfg: AllocatorConfig, budget_B, limit_B1) -> tuple[Focus, jax.Array]:
+    """Collapses the lowest groups of the rows over their budget; the second value counts them [B].
+
+    A pass collapses as many of the groups that there are as it takes. If they were not enough, their parents may
+    form groups of the next level for the next pass, scored by what they cover: `max_level` passes leave none.
+    """
+    K = cfg.block
+
+    def squeeze(_, carry):
+        (layout, age_BW), score_BW, made_B = carry
+        mean_BW = _window_sum(score_BW, K) / K
+        over_B = jnp.maximum(layout.count_B - budget_B, 0)
+        groups_BW = _groups(layout, cfg, limit_B1)
+        marks_BW = _lowest(mean_BW + _cost(layout, cfg), groups_BW, -(-over_B // (K - 1)))
+        after, of_BW, _ = _rearrange(layout, jnp.zeros_like(marks_BW), marks_BW, K)
+        score_BW = _take(jnp.where(marks_BW, mean_BW, score_BW), of_BW)
+        age_BW = _take(jnp.where(marks_BW, 0, age_BW), of_BW)
+        return Focus(after, age_BW), score_BW, made_B + marks_BW.sum(-1)
+
+    carry = focus, score_BW.astype(jnp.float32), jnp.zeros_like(budget_B)
+    focus, _, made_B = jax.lax.fori_loop(0, cfg.max_level, squeeze, carry)
+    return focus, made_B
+
+
+def _cost(layout: Layout, cfg: AllocatorConfig):
+    """What the share of the context behind an entry, itself included, takes off the score of an edit there."""
+    W = layout.valid_BW.shape[1]
+    return cfg.edit_cost * (1.0 - jnp.arange(W) / jnp.maximum(layout.count_B[:, None], 1))
+
+
+def _groups(layout: Layout, cfg: AllocatorConfig, limit_B1):
+    """Marks the first of every whole, aligned group of siblings that may have a parent and ends within the limit."""
     level, node, valid = layout
-    W = valid.shape[1]
-    if block > W:
+    K, W = cfg.block, valid.shape[1]
+    if K > W:
         return jnp.zeros_like(valid)
 
     def ahead(x, fill):
-        return jnp.pad(x[:, block - 1 :], ((0, 0), (0, block - 1)), constant_values=fill)
+        return jnp.pad(x[:, K - 1 :], ((0, 0), (0, K - 1)), constant_values=fill)
 
     # entries tile the tokens, so equal first and last siblings leave room for nothing else between them
-    whole = ahead(valid, False) & (ahead(level, -1) == level) & (ahead(node, -1) == node + block - 1)
-    end_BW = starts(layout, block) + block * spans(level, block)
-    return valid & whole & (level < max_level) & (node % block == 0) & (end_BW <= limit_B1)
+    whole = ahead(valid, False) & (ahead(level, -1) == level) & (ahead(node, -1) == node + K - 1)
+    end_BW = starts(layout, K) + K * spans(level, K)
+    return valid & whole & (level < cfg.max_level) & (node % K == 0) & (end_BW <= limit_B1)
+
+
+def _lowest(value_BW, among_BW, n_B):
+    """Marks the n lowest of the entries that are marked, the first ones where values are equal."""
+    n_B1 = n_B[:, None]
+    sorted_BW = jnp.sort(jnp.where(among_BW, value_BW, jnp.inf), axis=1)
+    last_B1 = jnp.take_along_axis(sorted_BW, jnp.clip(n_B1 - 1, 0, sorted_BW.shape[1] - 1), axis=1)
+    below_BW, equal_BW = among_BW & (value_BW < last_B1), among_BW & (value_BW == last_B1)
+    return below_BW | (equal_BW & (jnp.cumsum(equal_BW, axis=1) <= n_B1 - below_BW.sum(-1, keepdims=True)))
 
 
 def _window_sum(x_BW, block: int, backwards: bool = False):
-    """Sum over an entry and the block - 1 behind it (before it if backwards)."""
-    x_BW = x_BW.astype(jnp.float32 if jnp.issubdtype(x_BW.dtype, jnp.floating) else jnp.int32)
-    W = x_BW.shape[1]
-    pad = (block - 1, 0) if backwards else (0, block - 1)
-    padded = jnp.pad(x_BW, ((0, 0), pad))
-    return jax.lax.reduce_window(padded, jnp.zeros((), x_BW.dtype), jax.lax.add, (1, block), (1, 1), "VALID")[
-        :, :W
-    ]
+    """Sum over an entry and the block - 1 behind it (before it if backwards); places outside count as 0.
+
+    Sums of 1, 2, 4, ... neighbours add up to it: log2(block) additions, the same ones wherever the window lies.
+    """
+    W, sum_BW, done = x_BW.shape[1], jnp.zeros_like(x_BW), 0
+
+    def shift(y_BW, by):
+        by = min(by, W)
+        if backwards:
+            return jnp.pad(y_BW, ((0, 0), (by, 0)))[:, :W]
+        return jnp.pad(y_BW, ((0, 0), (0, by)))[:, by:]
+
+    for bit in range(block.bit_length()):
+        if block >> bit & 1:
+            sum_BW += shift(x_BW, done)
+            done += 1 << bit
+        x_BW += shift(x_BW, 1 << bit)
+    return sum_BW
 
 
-def _best(value_BW, among_BW, cfg: AllocatorConfig, key):
-    """(index, value) of the choice among the marked entries; minus infinity where none is."""
-    masked_BW = jnp.where(among_BW, value_BW, -jnp.inf)
-    pick_BW = masked_BW
-    if cfg.kind == "stochastic_greedy" and cfg.top_k > 1:
-        k = min(cfg.top_k, masked_BW.shape[1])
-        least_B1 = jax.lax.top_k(masked_BW, k)[0][:, -1:]
-        noise_BW = jax.vmap(lambda i: jax.random.gumbel(jax.random.fold_in(key, i), masked_BW.shape[1:]))(
-            jnp.arange(masked_BW.shape[0])
-        )
-        drawn_BW = jnp.abs(masked_BW) / max(cfg.temperature, 1e-6) + noise_BW
-        pick_BW = jnp.where(among_BW & (masked_BW >= least_B1), drawn_BW, -jnp.inf)
-    index_B = jnp.argmax(pick_BW, axis=1)
-    return index_B, jnp.take_along_axis(masked_BW, index_B[:, None], axis=1)[:, 0]
+def _take(x_BW, of_BW):
+    return jnp.take_along_axis(x_BW, of_BW, axis=1)
 
 
-def _statistics(before: Layout, after: Layout, age_BW, expand_BW, collapse_BW, budget_B) -> EditStats:
-    expands_B, collapses_B = expand_BW.sum(-1), collapse_BW.sum(-1)
-    known = jnp.where(after.valid_BW, age_BW, 0)
-    count_B = jnp.maximum(after.count_B, 1)
+def _row_keys(key, rows: int):
+    """One key for each row; they are taken as they are if there are so many already."""
+    key = jax.random.key(0) if key is None else key
+    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+
+
+def _statistics(focus: Focus, expands_B, collapses_B, before_B, budget_B) -> EditStats:
+    (layout, age_BW), count_B = focus, jnp.maximum(focus.layout.count_B, 1)
+    # the 95th percentile, between two ages where it falls there
+    sorted_BW = jnp.sort(jnp.where(layout.valid_BW, age_BW, jnp.iinfo(jnp.int32).max), axis=1)
+    place_B1 = 0.95 * (count_B[:, None] - 1)
+    low_B1, high_B1 = (_take(sorted_BW, f(place_B1).astype(jnp.int32)) for f in (jnp.floor, jnp.ceil))
+    p95_B1 = low_B1 + (place_B1 - jnp.floor(place_B1)) * (high_B1 - low_B1)
     return EditStats(
         expands_B,
         collapses_B,
-        (expands_B + collapses_B) / jnp.maximum(before.count_B, 1),
-        after.count_B / jnp.maximum(budget_B, 1),
-        known.sum(-1) / count_B,
-        jnp.nanquantile(jnp.where(after.valid_BW, age_BW.astype(jnp.float32), jnp.nan), 0.95, axis=-1),
+        (expands_B + collapses_B) / jnp.maximum(before_B, 1),
+        layout.count_B / jnp.maximum(budget_B, 1),
+        jnp.where(layout.valid_BW, age_BW, 0).sum(-1) / count_B,
+        p95_B1[:, 0],
     )

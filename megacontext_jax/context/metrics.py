@@ -55,7 +55,7 @@ def summarise(stats: dict, *, levels: int, horizon: int, ratio: float) -> dict:
         "mc/variants_total": jnp.float32(delta.size),
         h: _weighted(ahead, ahead_usable),
         f"{h}_p95": _quantile(ahead, ahead_usable, 0.95),
-        f"{h}/ratio_{ratio:.2g}": _weighted(ahead, ahead_usable),
+        f"{h}/ratio_{float(f'{ratio:.2g}'):g}": _weighted(ahead, ahead_usable),
     }
     for level in range(levels + 1):
         out[f"mc/lod_loss/{level}"] = _weighted(losses, usable * share[..., level])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from megacontext_jax.config import MegaContextConfig
 from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.gistnet import GistConfig
-from megacontext_jax.context.layout import reachable_width
+from megacontext_jax.context.layout import fewest_entries, reachable_width
 from megacontext_jax.context.lens_loss import LensLoss
 from megacontext_jax.context.lensnet import LensConfig
 from megacontext_jax.context.objective import ContextConfig, ContextObjective, Mixture
@@ -77,12 +77,16 @@ def final_width(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> in
     return _reach(target, opts, ctx, seq_len)
 
 
-def budget(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> int:
-    """Entries a working context may have when the model is used."""
+def budget(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int, tokens: int | None = None) -> int:
+    """Entries that a working context of `tokens` tokens (None: a row) may have when the model is used."""
+    tokens = seq_len if tokens is None else tokens
+    shape = {"block": ctx.block, "levels": ctx.levels, "recent": recent_tokens(opts, seq_len)}
     for value in (opts.mc_eval_soft_max_length, opts.allocator_soft_max):
         if value > 0:
+            reachable_width(min(value, tokens), tokens, **shape)  # refuses what no compression reaches
             return value
-    return final_width(opts, ctx, seq_len)
+    # blocks that a row has and fewer tokens lack may leave these more entries
+    return max(final_width(opts, ctx, seq_len), fewest_entries(tokens, **shape))
 
 
 def _reach(target: int, opts, ctx: ContextConfig, seq_len: int) -> int:
@@ -127,6 +131,8 @@ def phases(
 def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
     if opts.mc_num_random_variants < 0:
         raise UserError(f"--mc-num-random-variants {opts.mc_num_random_variants} cannot be negative.")
+    if not 0 < opts.mc_horizon < seq_len:
+        raise UserError(f"--mc-horizon {opts.mc_horizon} must lie between 0 and a row of {seq_len} tokens.")
     if opts.mc_lens_temperature <= 0:
         raise UserError(f"--mc-lens-temperature {opts.mc_lens_temperature} must be positive.")
     if not 0 < opts.mc_lens_hard_negative_ratio <= 1:

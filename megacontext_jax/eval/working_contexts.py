@@ -105,7 +105,7 @@ def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = ()) 
     return Views(
         objective,
         setup.allocator_config(opts, ctx, T),
-        budget=setup.budget(opts, ctx, T),
+        budget=setup.budget(opts, ctx, T, T - opts.mc_horizon),
         horizon=opts.mc_horizon,
         lenses=lenses or (opts.mc_lens,),
         iterations=setup.iterations(opts),

@@ -2,7 +2,8 @@
 
 The names are those of the PyTorch fork, so that its dashboards find them; where its figure was broken the meaning
 is the intended one. `{l}` stands for a level, `{h}` for a horizon in tokens, `{ratio}` for a compression ratio
-(raw tokens per entry of the context). Losses are in nats per token, times named `_ms` in milliseconds.
+(raw tokens per entry of the context), `{view}` for how a history is shown (sliding, gist, or the lens that
+refocused it). Losses are in nats per token, times named `_ms` in milliseconds.
 """
 
 import re
@@ -70,6 +71,8 @@ METRICS: dict[str, str] = {
     "mc/residency_p95": "95th percentile of that number",
     # evaluation
     "val/bpb": "bits per byte of held-out text",
+    "val/delta_nll_h{h}/{view}": "mean NLL of the next h tokens under a view of held-out history minus under the raw one",
+    "val/delta_nll_h{h}/{view}_p95": "95th percentile of that difference over sequences",
     "core_metric": "CORE: mean centred accuracy over its tasks",
     "centered_results": "centred accuracy of each task",
     "mc/runtime_tokens": "tokens fed to the runtime stream",
@@ -120,11 +123,11 @@ SPANS: dict[str, tuple[str, ...]] = {
     "mc_preflight": ("message", "ok"),
 }
 
-_NUMBERS = {"{l}": r"\d+", "{h}": r"\d+", "{ratio}": r"\d+(?:\.\d+)?"}
+_PLACES = {"{l}": r"\d+", "{h}": r"\d+", "{ratio}": r"\d+(?:\.\d+)?", "{view}": "[a-z]+"}
 
 
 def is_known(name: str) -> bool:
-    """Whether a metric has this name, numbers in the place of placeholders."""
+    """Whether a metric has this name, values in the place of placeholders."""
     return bool(meaning(name))
 
 
@@ -141,7 +144,7 @@ def _patterns() -> list[tuple[re.Pattern, str]]:
     patterns = []
     for name, text in METRICS.items():
         pattern = re.escape(name)
-        for placeholder, numbers in _NUMBERS.items():
-            pattern = pattern.replace(re.escape(placeholder), numbers)
+        for placeholder, values in _PLACES.items():
+            pattern = pattern.replace(re.escape(placeholder), values)
         patterns.append((re.compile(pattern, re.ASCII), text))
     return patterns

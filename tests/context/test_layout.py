@@ -19,6 +19,9 @@ SHAPES = (
     (64, 2, 4, 5, 12),
     (2048, 32, 2, 128, 600),
     (40, 4, 2, 0, 40),
+    (97, 3, 1, 0, 33),
+    (90, 3, 3, 9, 15),
+    (20, 8, 3, 16, 20),
 )
 ROWS = 512
 
@@ -38,9 +41,26 @@ def draw(seed, shape, oldest_first=False):
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31 - 1), shape=st.sampled_from(SHAPES))
 def test_drawn_layouts_break_no_invariant(seed, shape):
+    tokens, block, levels, recent, wanted = shape
     cut, broken = draw(seed, shape)
     assert {name: int(bad.sum()) for name, bad in broken.items()} == dict.fromkeys(broken, 0)
     assert cut.layout.valid_BW.all()
+    width = layouts.reachable_width(wanted, tokens, block=block, levels=levels, recent=recent)
+    assert cut.layout.level_BW.shape == (ROWS, width)
+    assert wanted - block + 1 < width <= wanted
+    tail = cut.layout.level_BW[:, width - min(recent, width) :]
+    assert (tail == 0).all()
+    again, _ = draw(seed, shape)
+    jax.tree.map(np.testing.assert_array_equal, again, cut)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_first_and_last_tokens_count_the_whole_sequence(shape):
+    cut, _ = draw(4, shape)
+    begin, last = (np.asarray(f(cut.layout, shape[1])) for f in (layouts.starts, layouts.last_tokens))
+    for row in range(8):
+        covered = [np.arange(a, b + 1) for a, b in zip(begin[row], last[row], strict=True)]
+        np.testing.assert_array_equal(np.concatenate(covered), np.arange(shape[0]))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,7 +68,7 @@ def test_block_levels_are_those_of_the_entries(shape):
     cut, _ = draw(3, shape)
     block = shape[1]
     level, begin = (np.asarray(x) for x in (cut.layout.level_BW, layouts.starts(cut.layout, block)))
-    shown = np.asarray(cut.block_level_BN)
+    shown = np.pad(np.asarray(cut.block_level_BN), ((0, 0), (0, 1)))  # behind the blocks: raw
     inside = begin // block < shown.shape[1]
     rows = np.arange(ROWS)[:, None]
     at = np.minimum(begin // block, shown.shape[1] - 1)
@@ -75,20 +95,35 @@ def legal() -> layouts.Layout:
     return layouts.Layout(level, node, jnp.arange(14)[None] < 13)
 
 
+# "alignment" has no case: a whole node cannot start off a multiple of its span, whatever the arrays hold
 BREAKS = {
-    "budget": lambda x, _: (x, {"budget": 12}),
-    "contiguity": lambda x, _: (x._replace(node_BW=x.node_BW.at[0, 5].set(9)), {}),
-    "legality": lambda x, _: (x, {"max_level": 0}),
-    "tail": lambda x, _: (x, {"recent": 13}),
+    "budget": ("budget", lambda x: (x, {"budget": 12})),
+    "a token twice, another not at all": (
+        "contiguity",
+        lambda x: (x._replace(node_BW=x.node_BW.at[0, 5].set(9)), {}),
+    ),
+    "the first token is missing": (
+        "contiguity",
+        lambda x: (layouts.Layout(*(y[:, 1:] for y in x)), {}),
+    ),
+    "the last token is missing": ("contiguity", lambda x: (x, {"tokens": 17})),
+    "a token too many": ("contiguity", lambda x: (x, {"tokens": 15})),
+    "a gist over its own tokens": (
+        "contiguity",
+        lambda x: (x._replace(level_BW=x.level_BW.at[0, 1].set(1), node_BW=x.node_BW.at[0, 1].set(0)), {}),
+    ),
+    "above the highest level": ("legality", lambda x: (x, {"max_level": 0})),
+    "a gist in the raw tail": ("tail", lambda x: (x, {"recent": 13})),
 }
 
 
-@pytest.mark.parametrize("name", BREAKS)
-def test_each_broken_invariant_is_told(name):
+@pytest.mark.parametrize("case", BREAKS)
+def test_each_broken_invariant_is_told(case):
+    name, change = BREAKS[case]
     options = {"block": 4, "tokens": 16, "budget": 13, "recent": 4, "max_level": 2}
     whole = layouts.violations(legal(), **options)
     assert not any(bool(bad[0]) for bad in whole.values())
-    broken, changed = BREAKS[name](legal(), options)
+    broken, changed = change(legal())
     told = layouts.violations(broken, **(options | changed))
     assert [key for key, bad in told.items() if bool(bad[0])] == [name]
 

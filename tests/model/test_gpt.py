@@ -173,7 +173,7 @@ def test_a_batch_without_targets_has_no_loss_and_no_gradient(tiny):
     params, ids_BT = tiny
     objective = make_objective(TINY, attention_impl="reference", dtype="float32")
     batch = {"inputs": ids_BT, "targets": jnp.full_like(ids_BT, -1)}
-    (total, weight), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, batch, None)
+    (total, (weight, _)), grads = jax.value_and_grad(objective.loss, has_aux=True)(params, batch, None)
     assert float(total) == 0.0
     assert float(weight) == 0.0
     assert all(float(jnp.abs(g).max()) == 0.0 for g in jax.tree.leaves(grads))

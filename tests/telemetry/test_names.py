@@ -31,6 +31,9 @@ OURS = {
     "mc/delta_nll_h{h}/ratio_{ratio}",
     "mc/gist_regression_loss",
     "mc/gist_regression_loss/level_{l}",
+    # the same difference on held-out text, under every way to show the history that is compared
+    "val/delta_nll_h{h}/{view}",
+    "val/delta_nll_h{h}/{view}_p95",
     # streams that were fields of spans only
     "mc/swap_rate",
     "mc/utilization",
@@ -90,6 +93,8 @@ def test_every_metric_has_one_line_of_meaning():
         "mc/delta_nll_h32/ratio_8",
         "mc/delta_nll_h32/ratio_7.5",
         "mc/gist_regression_loss/level_1",
+        "val/delta_nll_h32/sliding",
+        "val/delta_nll_h8/learned_p95",
     ],
 )
 def test_known(name):
@@ -111,6 +116,9 @@ def test_known(name):
         "mc/delta_nll_h32_p50",
         "mc/delta_nll_h32/ratio_7.",
         "mc/delta_nll_h32/level_1.5",
+        "val/delta_nll_h32/",
+        "val/delta_nll_h/learned",
+        "val/delta_nll_h32/learned_p50",
     ],
 )
 def test_unknown(name):

@@ -1,0 +1,166 @@
+"""The lenses that score a working context, and the context that a lens leaves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megacontext_jax.context.allocator import AllocatorConfig
+from megacontext_jax.context.entries import layout_entries
+from megacontext_jax.context.focus import focus
+from megacontext_jax.context.layout import Layout, last_tokens, raw_layout, starts, violations
+from megacontext_jax.context.lenses import LENSES, View, attention_mass
+from megacontext_jax.model.attention import reference_attention
+from megacontext_jax.model.gpt import qkv, token_entries
+from tests.context.test_objective import K, T, jit, objective_of, params_of
+
+B, W = 3, 20
+FACTS = [(1, 5), (2, 26), (0, 13)]  # (row, token) that an answer needs
+RAW_BLOCKS = [[2], [0, 1], []]  # of the first six blocks, those shown raw; the other ones are gists
+
+
+def layout_of(row: int) -> list[tuple[int, int]]:
+    """(level, node) of the entries: four gists as one where they can, eight raw tokens at the end."""
+    shown = [(0, n) if b in RAW_BLOCKS[row] else (1, b) for b in range(6) for n in range(K * b, K * b + K)]
+    shown = [(2, 0) if row == 2 and node < 4 and level else (level, node) for level, node in shown]
+    return list(dict.fromkeys([*shown, *((0, n) for n in range(24, T))]))
+
+
+def mixed_layout() -> Layout:
+    level_BW, node_BW = np.zeros((B, W), np.int32), np.zeros((B, W), np.int32)
+    valid_BW = np.zeros((B, W), bool)
+    for b in range(B):
+        entries = layout_of(b)
+        level_BW[b, : len(entries)], node_BW[b, : len(entries)] = zip(*entries, strict=True)
+        valid_BW[b, : len(entries)] = True
+    return Layout(level_BW, node_BW, valid_BW)
+
+
+@pytest.fixture(scope="module")
+def objective():
+    return objective_of(layers=1)
+
+
+@pytest.fixture(scope="module")
+def params(objective):
+    return params_of(objective)
+
+
+@pytest.fixture(scope="module")
+def ids_BT():
+    """The words of the last tokens stand in block 3 of row 0, and nowhere else before."""
+    ids = np.random.default_rng(0).integers(0, 40, (B, T), np.int32)
+    ids[:, -16:] = np.arange(40, 56)
+    ids[0, 12:15] = [40, 47, 55]
+    return ids
+
+
+@pytest.fixture(scope="module")
+def scores(objective, params, ids_BT):
+    """Scores of every lens: of the batch, and of its first row alone."""
+    fact_BT = np.zeros((B, T), bool)
+    fact_BT[tuple(np.transpose(FACTS))] = True
+    layout = mixed_layout()
+
+    def all_lenses(params, rows: slice):
+        tables = tuple(x[rows] for x in objective.tables(params, ids_BT))
+        some = Layout(*(x[rows] for x in layout))
+        view = View(objective, params, tables, ids_BT[rows], some, jax.random.key(1), fact_BT[rows])
+        return {name: lens(view) for name, lens in LENSES.items()}
+
+    @jit
+    def run(params):
+        return all_lenses(params, slice(None)), all_lenses(params, slice(1))
+
+    return jax.device_get(run(params))
+
+
+@pytest.mark.parametrize("lens", LENSES)
+def test_scores_have_the_shape_of_the_context_and_lie_in_range(scores, lens):
+    score_BW, valid_BW = scores[0][lens], mixed_layout().valid_BW
+    assert score_BW.shape == (B, W)
+    assert (np.abs(score_BW) <= 1).all()
+    assert not valid_BW.all()
+    assert (score_BW[~valid_BW] == 0).all()
+    assert (np.std(score_BW, axis=1) > 0.05).all() == (lens != "none")
+
+
+@pytest.mark.parametrize("lens", sorted(LENSES.keys() - {"random"}))
+def test_a_score_does_not_depend_on_the_other_rows(scores, lens):
+    whole, alone = scores
+    np.testing.assert_allclose(alone[lens], whole[lens][:1], atol=1e-5)
+
+
+def test_the_oracle_expands_what_covers_a_fact(scores):
+    layout = mixed_layout()
+    begin, end = (np.asarray(x) for x in (starts(layout, K), last_tokens(layout, K)))
+    fact_B1 = np.array([[token] for _, token in sorted(FACTS)])
+    covers_BW = (begin <= fact_B1) & (fact_B1 <= end) & layout.valid_BW
+    assert (covers_BW.sum(1) == 1).all()
+    np.testing.assert_array_equal(scores[0]["oracle"], np.where(covers_BW, 1.0, -1.0) * layout.valid_BW)
+
+
+def test_lexical_prefers_the_block_with_the_words_asked_for(scores):
+    score_W, level_W = scores[0]["lexical"][0], mixed_layout().level_BW[0]
+    gists = np.flatnonzero(level_W == 1)
+    assert mixed_layout().node_BW[0, gists[np.argmax(score_W[gists])]] == 3
+    others = np.delete(score_W[gists], np.argmax(score_W[gists]))
+    assert (others < 0).all()
+
+
+def test_attention_mass_is_the_models_attention(objective, params, ids_BT):
+    """One-hot values make the output of the plain attention the attention itself."""
+    cfg, queries = objective.cfg, 5
+
+    @jit
+    def both(params):
+        tables, raw = objective.tables(params, ids_BT)[:1], raw_layout(B, T)
+        entries = layout_entries(params, cfg, tables, ids_BT, raw, block=K)
+        mass_BT = attention_mass(params, cfg, entries, raw, queries)
+        x_BTC, rope, _ = token_entries(params, cfg, ids_BT, jnp.float32)
+        q, k, _ = qkv({name: w[0] for name, w in params["h"].items()}, cfg, x_BTC, rope)
+        one_hot = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, cfg.n_kv_head, T))
+        mixed = layout_entries(params, cfg, objective.tables(params, ids_BT), ids_BT, mixed_layout(), block=K)
+        return mass_BT, reference_attention(q, k, one_hot), attention_mass(params, cfg, mixed, mixed_layout())
+
+    mass_BT, attention_BTHS, mass_BW = both(params)
+    np.testing.assert_allclose(mass_BT, attention_BTHS[:, -queries:].mean((1, 2)), atol=1e-5)
+    np.testing.assert_allclose(mass_BT.sum(1), 1, rtol=1e-5)
+    valid_BW = mixed_layout().valid_BW
+    assert (mass_BW >= 0).all()
+    assert (mass_BW.sum(1) <= 1 + 1e-5).all()
+    assert (np.asarray(mass_BW)[~valid_BW] == 0).all()
+    assert (mass_BW.sum(1) > 0.7).all()
+
+
+@pytest.mark.parametrize("budget", [11, 17])
+def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT, budget):
+    cfg = AllocatorConfig(block=K, max_level=2, recent=8, expand_threshold=0.0, collapse_threshold=0.0)
+    fact_BT = np.zeros((B, T), bool)
+    fact_BT[:, 13] = True
+
+    @jit
+    def run(params):
+        tables = objective.tables(params, ids_BT)
+        options = {"budget": budget, "iterations": 3, "spare": 0.5, "fact_RT": fact_BT}
+        return {
+            lens: focus(objective, params, tables, ids_BT, cfg, lens=lens, **options)
+            for lens in ("learned", "random", "oracle", "none")
+        }
+
+    for lens, found in jax.device_get(run(params)).items():
+        broken = violations(found.layout, block=K, tokens=T, budget=budget, recent=8, max_level=2)
+        assert not any(np.any(x) for x in broken.values()), (lens, broken)
+        begin, end = (np.asarray(x) for x in (starts(found.layout, K), last_tokens(found.layout, K)))
+        for b in range(B):
+            tokens = [
+                range(begin[b, w], end[b, w] + 1)
+                for w in range(begin.shape[1])
+                if found.layout.valid_BW[b, w]
+            ]
+            assert [t for span in tokens for t in span] == list(range(T))
+        edits = found.stats.expands_B + found.stats.collapses_B
+        assert (edits == 0).all() == (lens == "none")
+        if lens == "oracle" and budget == 17:
+            fact = (begin == 13) & (end == 13) & found.layout.valid_BW
+            assert fact.any(1).all()  # raw at last

@@ -1,0 +1,329 @@
+"""Training with --mc through the real scripts: every stage, killed, continued, refused, judged and asked."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megacontext_jax import mesh as meshes
+from megacontext_jax.cli import parse
+from megacontext_jax.config import Config, MegaContextConfig, StageConfig
+from megacontext_jax.context import setup
+from megacontext_jax.errors import UserError
+from megacontext_jax.infer.load import load_model
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.objective import make_objective
+from megacontext_jax.telemetry import names
+from megacontext_jax.train import loop
+from megacontext_jax.train.optim import make_optimizer
+from megacontext_jax.train.recipes import RECIPES
+from megacontext_jax.train.schedule import schedules
+from megacontext_jax.train.step import init_state, make_train_step
+from scripts import base_train, chat_eval
+from tests.context.test_objective import objective_of, tokens_of
+from tests.test_recipe import ROOT, N, command, environment, losses, run
+
+MC = (
+    *("--mc", "--block-size", "4", "--allocator-recent-tokens", "12", "--mc-horizon", "8"),
+    *("--mc-train-wc-length", "25"),  # fewer would be gists throughout: nothing for the lens to compare
+    *("--gistnet-layers", "1", "--lensnet-layers", "1"),
+)
+BASE = (*MC, "--mc-raw-share", "0.25", "--mc-curriculum-share", "0", "--mc-log-timers")  # two phases
+SHORT = ("--num-iterations", "3", "--eval-every", "-1")
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", QUICK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base run with --mc and, under the tag vanilla, a short one without."""
+    folder = tmp_path_factory.mktemp("context")
+    run(folder, "prepare_data")
+    run(folder, "tok_train")
+    (folder / "said.txt").write_text(run(folder, "base_train", *BASE))
+    run(folder, "base_train", "--tag", "vanilla", *SHORT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def retrofitted(trained):
+    """What mid_train said that began GistNet and LensNet on the vanilla base and froze that."""
+    return run(trained, "mid_train", *MC, "--mc-freeze-base", "--tag", "vanilla", *SHORT)
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    """The folders of the trained runs for this process."""
+    for name, value in environment(trained).items():
+        monkeypatch.setenv(name, value)
+    return trained
+
+
+def records(folder, run_name: str) -> list[dict]:
+    path = folder / "artifacts" / run_name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def flags(*words: str) -> list[str]:
+    return ["--config", "tests/tiny.yaml", *words]
+
+
+def test_a_run_logs_what_its_working_contexts_do(trained):
+    said = (trained / "said.txt").read_text()
+    assert "nats above the raw context" in said
+    assert said.count("Compiled the training step") == 2
+    found = records(trained, "megacontext_base_d2")
+    own = {name for record in found for name in record if name.startswith(("mc/", "val/delta"))}
+    assert {name for name in own if not names.is_known(name)} == set()
+    assert own >= {
+        *("mc/lens_loss", "mc/delta_nll_h8", "mc/gist_regression_loss", "mc/preference_agreement"),
+        *("mc/lod_loss/0", "mc/lod_count/2", "mc/swap_rate", "mc/utilization", "mc/residency_p95"),
+        *("mc/build_ms", "mc/lens_forward_ms", "mc/focus_ms", "mc/base_forward_ms", "mc/positional_ms"),
+        *(f"val/delta_nll_h8/{view}{p}" for view in ("sliding", "gist", "learned") for p in ("", "_p95")),
+    }
+    judged = [record["step"] for record in found if "val/delta_nll_h8/learned" in record]
+    assert judged == [0, 6, 12]
+    assert all(0 < record["mc/utilization"] <= 1 for record in found if "mc/utilization" in record)
+    # working contexts from step 3 on
+    assert [r["step"] for r in found if "mc/lens_loss" in r] == list(range(3, N))
+
+
+def test_tokens_are_counted_as_in_a_vanilla_run(trained):
+    ours, vanilla = (
+        {r["step"]: r["total_training_tokens"] for r in records(trained, run) if "train/loss_step" in r}
+        for run in ("megacontext_base_d2", "megacontext_base_vanilla")
+    )
+    assert {step: ours[step] for step in vanilla} == vanilla
+    assert ours[N - 1] == N * 256
+
+
+def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
+    """Saved in the first phase, killed in it or in the second."""
+    shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
+    process = subprocess.Popen(
+        command("base_train", *BASE), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
+    )
+    saved = tmp_path / "artifacts/megacontext_base_d2/000003"
+    deadline = time.monotonic() + 200
+    while not saved.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "Continuing megacontext_base_d2 at step" in run(tmp_path, "base_train", *BASE)
+    assert losses(tmp_path, "base") == losses(trained, "base")
+
+
+@pytest.mark.parametrize(
+    ("words", "setting"),
+    [
+        ((), "mc"),
+        ((*BASE, "--block-size", "8"), "block"),
+        ((*BASE, "--mc-num-random-variants", "3"), "mc_num_random_variants"),
+    ],
+)
+def test_another_megacontext_is_refused_by_name(here, words, setting):
+    with pytest.raises(UserError, match=rf"\b{setting}\b") as error:
+        base_train.main(flags(*words))
+    assert "\n" not in str(error.value)
+
+
+def test_a_vanilla_base_gets_gists_in_a_later_stage_and_may_stay_as_it_is(here, retrofitted):
+    assert "megacontext_base_vanilla has no GistNet and LensNet; they begin here." in retrofitted
+    mid_words = ("--tag", "vanilla", "-i", "mid", *MC)
+    base, mid = (
+        load_model(parse(flags(*words), doc="")) for words in (("--tag", "vanilla", "-i", "base"), mid_words)
+    )
+    for name, before in base.params.items():
+        jax.tree.map(np.testing.assert_array_equal, mid.params[name], before)
+    fresh = setup.context_config(MegaContextConfig(block_size=4, gistnet_layers=1, lensnet_layers=1), mid.cfg)
+    assert mid.context.context == fresh
+    begun = {"gistnet", "lensnet"}
+    assert begun == set(mid.params) - set(base.params)
+    assert np.abs(mid.params["gistnet"]["head"]["out"]["weight"]).max() > 0  # zero at its start
+
+
+def test_the_last_stage_goes_on_with_the_gists_of_the_one_before_and_is_asked(trained, retrofitted):
+    said = run(trained, "chat_sft", *MC, "--tag", "vanilla", *SHORT)
+    assert "they begin here" not in said
+    assert "mc/delta_nll_h8" in json.dumps(records(trained, "megacontext_sft_vanilla"))
+    asked = run(
+        trained, "chat_eval", *MC, "-i", "sft", "--tag", "vanilla", "--num-examples", "2", "-a", "facts"
+    )
+    assert "accuracy" in asked
+
+
+def test_a_stage_without_mc_leaves_the_gists_of_its_base_out(trained):
+    said = run(trained, "mid_train", *SHORT)
+    assert "megacontext_base_d2 has GistNet and LensNet; without --mc this stage leaves them out." in said
+    assert (trained / "artifacts/megacontext_mid_d2/000003").is_dir()
+
+
+def test_base_loss_says_what_every_lens_costs(trained):
+    said = run(trained, "base_loss", *MC, "-i", "base", "--context-rows", "8")
+    for view in ("sliding", "gist", "learned", "attention", "lexical", "random"):
+        assert f"{view} +" in said or f"{view} -" in said
+    report = json.loads((trained / "artifacts/report/base-model-loss.json").read_text())
+    assert "val nats above the raw context, lexical" in json.dumps(report)
+
+
+def test_working_contexts_of_a_vanilla_model_are_refused(here):
+    with pytest.raises(UserError, match="trained without --mc") as error:
+        chat_eval.main(flags(*MC, "-i", "base", "--tag", "vanilla"))
+    assert "\n" not in str(error.value)
+
+
+# --- Phases ---------------------------------------------------------------------------------------------
+
+
+def objective_and_parts(opts: MegaContextConfig):
+    cfg = GPTConfig("pocket", 64, 64, n_layer=1, n_head=2, n_kv_head=2, n_embd=32)
+    base = make_objective(cfg, attention_impl="auto", dtype="float32")
+    return base, setup.context_config(opts, cfg)
+
+
+def test_the_curriculum_begins_raw_and_shrinks():
+    opts = MegaContextConfig(block_size=4, allocator_recent_tokens=12)
+    found = setup.phases(opts, *objective_and_parts(opts), 1000, shrink=True)
+    steps, widths = [p.first_step for p in found], [p.objective.width for p in found[1:]]
+    assert found[0].objective.mixture.variants == 0
+    assert steps == [0, 100, 150, 200, 250, 300]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] == 49  # the widest reachable within 80 % of 64
+    assert widths[-1] == 16
+    assert all(p.objective.mixture.variants == 2 for p in found[1:])
+    later = setup.phases(opts, *objective_and_parts(opts), 1000, shrink=False)
+    assert [(p.first_step, p.objective.width) for p in later] == [(0, 16)]
+    at = SimpleNamespace(phases=found)
+    assert [loop.phase_at(at, step).first_step for step in (0, 99, 100, 299, 5000)] == [0, 0, 100, 250, 300]
+
+
+def test_a_short_history_may_need_more_entries_than_a_row():
+    opts = MegaContextConfig(block_size=4, allocator_recent_tokens=12)
+    _, parts = objective_and_parts(opts)
+    assert setup.budget(opts, parts, 64) == 16
+    assert (
+        setup.budget(opts, parts, 64, 56) == 17
+    )  # 44 tokens before the tail: 2 upper gists and 3 of 4 tokens
+    assert setup.budget(replace(opts, allocator_soft_max=30), parts, 64, 56) == 30
+    assert setup.budget(replace(opts, allocator_soft_max=2048), parts, 64, 56) == 2048
+    with pytest.raises(UserError, match="16 entries"):
+        setup.budget(replace(opts, allocator_soft_max=16), parts, 64, 56)
+
+
+# --- Micro-batches --------------------------------------------------------------------------------------
+
+
+class Step(dict):
+    """A compiled step that needs a byte for every row."""
+
+    def lower(self, state, batch):
+        return SimpleNamespace(compile=lambda: batch["inputs"].shape[1])
+
+
+@pytest.fixture
+def on_a_small_device(monkeypatch):
+    def fit(memory: float, **mc) -> tuple[int, int]:
+        """(rows of a micro-batch, micro-batches) of 8 rows on a device of so many bytes."""
+        monkeypatch.setattr(loop.hardware, "memory_bytes", lambda: memory)
+        monkeypatch.setattr(loop.hardware, "compiled_memory", lambda rows: rows)
+        monkeypatch.setattr(loop, "make_train_step", lambda *args, **options: Step())
+        config = Config(mc=MegaContextConfig(**mc))
+        mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+        setup_ = SimpleNamespace(config=config, mesh=mesh, accumulation=1, optimizer=None)
+        phase = loop.Phase(0, SimpleNamespace(loss=None, summarise=None))
+        rows = {name: jnp.zeros((8, 4), jnp.int32) for name in ("inputs", "targets")}
+        _, batch = loop.compile_step(setup_, phase, None, rows, None)
+        assert batch["inputs"].shape == batch["targets"].shape
+        assert batch["inputs"].shape[0] == setup_.accumulation
+        return batch["inputs"].shape[1], setup_.accumulation
+
+    return fit
+
+
+def test_micro_batches_halve_until_they_fit(on_a_small_device, capsys):
+    assert on_a_small_device(10.0) == (8, 1)
+    assert "more than" not in capsys.readouterr().out
+    assert on_a_small_device(5.0) == (4, 2)
+    assert on_a_small_device(2.6) == (2, 4)
+    assert capsys.readouterr().out.count("micro-batches of 4 rows") == 2
+    assert on_a_small_device(5.0, mc_auto_batch_safety=2.0) == (2, 4)
+    assert on_a_small_device(5.0, mc_auto_batch=False) == (8, 1)
+
+
+def test_one_row_that_does_not_fit_is_one_sentence(on_a_small_device):
+    with pytest.raises(UserError, match="One row per device") as error:
+        on_a_small_device(1.2)
+    assert "--remat full" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- Meshes ---------------------------------------------------------------------------------------------
+
+
+def curve(*axes: int) -> list[list[float]]:
+    """Losses and what the metrics say in four steps on a mesh of all devices."""
+    mesh = meshes.make_mesh(*axes)
+    objective = objective_of(layers=1)
+    objective = replace(objective, base=replace(objective.base, mesh=mesh))
+    # constant small rates: Adam's first steps divide by |g| and would amplify rounding
+    rates = {"matrix_lr": 2e-3, "embedding_lr": 2e-3, "unembedding_lr": 2e-3, "context_lr": 2e-3}
+    opts = StageConfig(optimizer="adamw", **rates)
+    schedule = schedules(opts, RECIPES["adamw"], 100, first_stage=True)
+    optimizer = make_optimizer(opts, objective.cfg, schedule, context=True)
+    state = init_state(mesh, objective.init, optimizer, jax.random.key(0))
+    step = make_train_step(
+        objective.loss,
+        optimizer,
+        meshes.state_shardings(mesh, state),
+        mesh,
+        seed=0,
+        summarise=objective.summarise,
+    )
+    found = []
+    for i in range(4):
+        rows = {name: meshes.global_batch(mesh, x[None]) for name, x in tokens_of(8, seed=i % 2).items()}
+        state, metrics = step(state, rows)
+        jax.block_until_ready(metrics)  # simulated devices deadlock on queued collectives
+        found.append(
+            [float(metrics[name]) for name in ("loss", "grad_norm", "mc/lens_loss", "mc/delta_nll_h4")]
+        )
+    return found
+
+
+def test_eight_devices_give_the_single_device_curve():
+    runs = []
+    for devices, axes in ((1, (1, 1, 1)), (8, (2, 2, 2))):
+        code = f"import json; from {__name__} import curve; print(json.dumps(curve{axes}))"
+        simulated = {"JAX_NUM_CPU_DEVICES": str(devices), "JAX_PLATFORMS": "cpu"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | simulated,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(np.array(json.loads(done.stdout.splitlines()[-1])))
+    one, eight = runs
+    assert one[-1, 0] < one[1, 0]
+    np.testing.assert_allclose(eight[:, 0], one[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(eight, one, rtol=1e-3, atol=1e-5)
