@@ -39,7 +39,9 @@ ROWS, ROUNDS = 8, 9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--variants", type=int, nargs="*", default=[1, 2, 4])
@@ -54,7 +56,9 @@ def main() -> None:
     tokens = rng.integers(0, cfg.vocab_size, (ROWS, T + 1), np.int32)
     batch = {"inputs": jnp.asarray(tokens[:, :-1]), "targets": jnp.asarray(tokens[:, 1:])}
     rate = gemm_gflops()
-    print(f"matrix products: {rate:.0f} GFLOP/s; {T} tokens, blocks of {args.block}, {width} entries per context")
+    print(
+        f"matrix products: {rate:.0f} GFLOP/s; {T} tokens, blocks of {args.block}, {width} entries per context"
+    )
     result = {"gemm_gflops": rate, "seq_len": T, "block": args.block, "width": width}
     for N in args.variants:
         mix = replace(setup.mixture(opts, T), variants=N)
@@ -66,7 +70,11 @@ def main() -> None:
             f"{r['flops_ratio']:.2f} x: {r['time_ratio'] / r['flops_ratio']:.2f} of the floor; controller "
             f"{r['controller_ms']:.0f} ms = {100 * r['controller_share']:.0f} %"
         )
-    print(json.dumps({"benchmark": "context_step", "machine": platform.processor() or platform.machine(), **result}))
+    print(
+        json.dumps(
+            {"benchmark": "context_step", "machine": platform.processor() or platform.machine(), **result}
+        )
+    )
 
 
 def measure(base, objective: ContextObjective, batch: dict) -> dict:
