@@ -43,6 +43,12 @@ def main(argv: list[str]) -> None:
     )
     print(f"vocabulary {cfg.vocab_size:,}, {cfg.sequence_len:,} tokens per row")
     print(f"       {n['total']:,} parameters, {cfg.flops_per_token():,} training FLOPs per token")
+    if config.run.mc:
+        mc = config.mc
+        print(
+            f"MegaContext: gists of {mc.block_size}, {mc.mc_levels} levels, {mc.mc_num_random_variants} working contexts per "
+            "row beside the raw one; FLOPs and memory below are the vanilla ones"
+        )
     print(f"Data:  {config.data.data_dir or config.data.dataset}")
     again = f" (continue this run with --tag {tag} instead of --fresh)" if config.run.fresh else ""
     print(f"Tag:   {tag}{again}; devices: {devices}\n")
@@ -64,7 +70,7 @@ def main(argv: list[str]) -> None:
         "\nStages: prepare_data, tok_train, tok_eval, base_train, base_loss, mid_train, chat_eval (mid), ",
         end="",
     )
-    print("chat_sft, chat_eval (sft), report, chat")
+    print(f"chat_sft, chat_eval (sft), {'long_context_eval, ' if config.run.mc else ''}report, chat")
 
 
 if __name__ == "__main__":

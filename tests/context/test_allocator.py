@@ -486,6 +486,7 @@ def test_expanding_a_collapsed_block_brings_its_tokens_back():
 def test_statistics():
     shape = SHAPES[0]
     focus = new_focus(begin(8, shape), config(shape))
+    focus = focus._replace(age_BW=jax.random.randint(jax.random.key(2), focus.age_BW.shape, 0, 50))
     score = jax.random.uniform(jax.random.key(5), focus.layout.level_BW.shape, minval=-1)
     budget = jnp.asarray(np.random.default_rng(1).integers(60, 81, ROWS), jnp.int32)
     after, stats = step(focus, score, budget, None, GRID, shape=shape)

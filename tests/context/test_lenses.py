@@ -43,7 +43,10 @@ def objective():
 
 @pytest.fixture(scope="module")
 def params(objective):
-    return params_of(objective)
+    params = params_of(objective)
+    out = params["lensnet"]["scorer"]["out"]
+    out |= {"weight": out["weight"] / 10, "bias": np.zeros(1, np.float32)}  # away from -1 and 1
+    return params
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_scores_have_the_shape_of_the_context_and_lie_in_range(scores, lens):
     assert (np.abs(score_BW) <= 1).all()
     assert not valid_BW.all()
     assert (score_BW[~valid_BW] == 0).all()
-    assert (np.std(score_BW, axis=1) > 0.05).all() == (lens != "none")
+    assert (np.std(score_BW, axis=1) > 0.01).all() == (lens != "none")
 
 
 @pytest.mark.parametrize("lens", sorted(LENSES.keys() - {"random"}))
@@ -101,11 +104,13 @@ def test_the_oracle_expands_what_covers_a_fact(scores):
 
 
 def test_lexical_prefers_the_block_with_the_words_asked_for(scores):
-    score_W, level_W = scores[0]["lexical"][0], mixed_layout().level_BW[0]
-    gists = np.flatnonzero(level_W == 1)
-    assert mixed_layout().node_BW[0, gists[np.argmax(score_W[gists])]] == 3
-    others = np.delete(score_W[gists], np.argmax(score_W[gists]))
-    assert (others < 0).all()
+    score_W, layout = scores[0]["lexical"][0], mixed_layout()
+    node_W = np.where(layout.level_BW[0] == 1, layout.node_BW[0], -1)
+    by_block = {block: score_W[node_W == block].item() for block in (0, 1, 3)}  # those before the words asked
+    assert max(by_block, key=by_block.get) == 3
+    assert by_block[0] < 0
+    assert by_block[1] < 0
+    assert by_block[3] > by_block[0] + 0.5
 
 
 def test_attention_mass_is_the_models_attention(objective, params, ids_BT):
@@ -128,14 +133,14 @@ def test_attention_mass_is_the_models_attention(objective, params, ids_BT):
     np.testing.assert_allclose(mass_BT.sum(1), 1, rtol=1e-5)
     valid_BW = mixed_layout().valid_BW
     assert (mass_BW >= 0).all()
-    assert (mass_BW.sum(1) <= 1 + 1e-5).all()
     assert (np.asarray(mass_BW)[~valid_BW] == 0).all()
-    assert (mass_BW.sum(1) > 0.7).all()
+    # of sixteen queries, those that a short context has
+    np.testing.assert_allclose(mass_BW.sum(1), np.minimum(1, valid_BW.sum(1) / 16), rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [11, 17])
+@pytest.mark.parametrize("budget", [12, 17])
 def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT, budget):
-    cfg = AllocatorConfig(block=K, max_level=2, recent=8, expand_threshold=0.0, collapse_threshold=0.0)
+    cfg = AllocatorConfig(block=K, max_level=2, recent=8)
     fact_BT = np.zeros((B, T), bool)
     fact_BT[:, 13] = True
 
@@ -160,7 +165,9 @@ def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT
             ]
             assert [t for span in tokens for t in span] == list(range(T))
         edits = found.stats.expands_B + found.stats.collapses_B
-        assert (edits == 0).all() == (lens == "none")
+        fact = (begin == 13) & (end == 13) & found.layout.valid_BW
+        if lens == "none":
+            assert (edits == 0).all()
         if lens == "oracle" and budget == 17:
-            fact = (begin == 13) & (end == 13) & found.layout.valid_BW
+            assert (edits > 0).all()
             assert fact.any(1).all()  # raw at last

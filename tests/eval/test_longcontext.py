@@ -1,7 +1,12 @@
 """The long-context suite: its questions, and a run of one task at a size for tests."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,34 +101,63 @@ def test_tasks_are_chosen_by_name():
     assert "\n" not in str(error.value)
 
 
-def test_a_run_fills_every_column_and_is_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(columns, "QUESTIONS", columns.ROWS)  # one batch
-    size = models.Size(depth=1, width=32, heads=2, steps=2, rows=8)
-    tasks = [TASKS["mqar_4x"]]
-    said = []
-    results = suite.run(tasks, size, 0, tmp_path, said.append)
+SIZE = models.Size(depth=1, width=32, heads=2, steps=2, rows=8)
+RUN = """
+import sys
+from pathlib import Path
+from megacontext_jax.eval.longcontext import columns, models, suite
+from tests.eval.test_longcontext import SIZE
+columns.QUESTIONS = suite.QUESTIONS = columns.ROWS  # one batch
+suite.run(suite.choose("mqar_4x"), SIZE, 0, Path(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """(folder, what was said) of a run of one task."""
+    folder = tmp_path_factory.mktemp("suite")
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, str(folder)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"XLA_FLAGS": quick},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+def test_a_run_fills_every_column(ran):
+    folder, said = ran
+    results, notes = json.loads((folder / suite.RESULTS).read_text()), suite.read_notes(folder)
     (row,) = results.values()
     assert set(row) == {*columns.COLUMNS, "chance"}
     assert row["chance"] == 1 / 32
     assert all(0 <= accuracy <= 1 for accuracy in row.values())
-    assert json.loads((tmp_path / suite.RESULTS).read_text()) == results
-    notes = suite.read_notes(tmp_path)
     assert notes["mqar_4x"]["entries"] == {"gists alone": 12, "budget": 15}
-    assert (tmp_path / notes["mqar_4x"]["picture"]).read_bytes().startswith(b"\x89PNG")
-    (line,) = said
-    assert line.startswith("mqar_4x: full ")
+    assert (folder / notes["mqar_4x"]["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert "mqar_4x: full " in said
     table = suite.table(results, notes)
     assert [len(cells) for cells in table] == [len(table[0])] * 2
     assert "-" not in table[1]
 
+
+def test_a_finished_task_is_not_run_again(ran, tmp_path, monkeypatch):
+    for name in (suite.RESULTS, suite.NOTES):
+        shutil.copy(ran[0] / name, tmp_path)
     trained = []
-    monkeypatch.setattr(suite, "train", lambda *args: trained.append(args) or ({}, 0.0))
+    monkeypatch.setattr(suite, "QUESTIONS", columns.ROWS)
+    monkeypatch.setattr(suite, "train", lambda *args: trained.append(args[2]) or ({}, 0.0))
     monkeypatch.setattr(suite, "evaluate", lambda *args: {})
     monkeypatch.setattr(suite, "draw_focus", lambda *args: tmp_path / "none.png")
-    assert suite.run(tasks, size, 0, tmp_path, said.append) == results
-    assert not trained
-    suite.run(tasks, replace(size, steps=3), 0, tmp_path, said.append)
-    assert len(trained) == 2  # another size is another row: learned and mean gists
+    tasks = suite.choose("mqar_4x")
+    before = json.loads((tmp_path / suite.RESULTS).read_text())
+    assert suite.run(tasks, SIZE, 0, tmp_path) == before
+    assert trained == []
+    suite.run(tasks, replace(SIZE, steps=3), 0, tmp_path)
+    assert trained == ["transformer", "mean"]  # another size is another row
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -31,15 +31,17 @@ from megacontext_jax.train.schedule import schedules
 from megacontext_jax.train.step import init_state, make_train_step
 from scripts import base_train, chat_eval
 from tests.context.test_objective import objective_of, tokens_of
-from tests.test_recipe import ROOT, N, command, environment, losses, run
+from tests.test_recipe import ROOT, N, command, environment, run
 
+ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32")
 MC = (
+    *ONE_LAYER,
     *("--mc", "--block-size", "4", "--allocator-recent-tokens", "12", "--mc-horizon", "8"),
     *("--mc-train-wc-length", "25"),  # fewer would be gists throughout: nothing for the lens to compare
     *("--gistnet-layers", "1", "--lensnet-layers", "1"),
 )
 BASE = (*MC, "--mc-raw-share", "0.25", "--mc-curriculum-share", "0", "--mc-log-timers")  # two phases
-SHORT = ("--num-iterations", "3", "--eval-every", "-1")
+SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
 
 
@@ -80,6 +82,11 @@ def records(folder, run_name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def losses(folder) -> list[tuple[int, float]]:
+    found = records(folder, "megacontext_base_d1")
+    return [(record["step"], record["train/loss_step"]) for record in found if "train/loss_step" in record]
+
+
 def flags(*words: str) -> list[str]:
     return ["--config", "tests/tiny.yaml", *words]
 
@@ -88,7 +95,7 @@ def test_a_run_logs_what_its_working_contexts_do(trained):
     said = (trained / "said.txt").read_text()
     assert "nats above the raw context" in said
     assert said.count("Compiled the training step") == 2
-    found = records(trained, "megacontext_base_d2")
+    found = records(trained, "megacontext_base_d1")
     own = {name for record in found for name in record if name.startswith(("mc/", "val/delta"))}
     assert {name for name in own if not names.is_known(name)} == set()
     assert own >= {
@@ -107,7 +114,7 @@ def test_a_run_logs_what_its_working_contexts_do(trained):
 def test_tokens_are_counted_as_in_a_vanilla_run(trained):
     ours, vanilla = (
         {r["step"]: r["total_training_tokens"] for r in records(trained, run) if "train/loss_step" in r}
-        for run in ("megacontext_base_d2", "megacontext_base_vanilla")
+        for run in ("megacontext_base_d1", "megacontext_base_vanilla")
     )
     assert {step: ours[step] for step in vanilla} == vanilla
     assert ours[N - 1] == N * 256
@@ -119,7 +126,7 @@ def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
     process = subprocess.Popen(
         command("base_train", *BASE), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
     )
-    saved = tmp_path / "artifacts/megacontext_base_d2/000003"
+    saved = tmp_path / "artifacts/megacontext_base_d1/000003"
     deadline = time.monotonic() + 200
     while not saved.exists():
         assert time.monotonic() < deadline
@@ -127,14 +134,15 @@ def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert "Continuing megacontext_base_d2 at step" in run(tmp_path, "base_train", *BASE)
-    assert losses(tmp_path, "base") == losses(trained, "base")
+    assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *BASE)
+    assert losses(tmp_path) == losses(trained)
+    assert [step for step, _ in losses(trained)] == list(range(N))
 
 
 @pytest.mark.parametrize(
     ("words", "setting"),
     [
-        ((), "mc"),
+        (ONE_LAYER, "mc"),
         ((*BASE, "--block-size", "8"), "block"),
         ((*BASE, "--mc-num-random-variants", "3"), "mc_num_random_variants"),
     ],
@@ -172,8 +180,8 @@ def test_the_last_stage_goes_on_with_the_gists_of_the_one_before_and_is_asked(tr
 
 def test_a_stage_without_mc_leaves_the_gists_of_its_base_out(trained):
     said = run(trained, "mid_train", *SHORT)
-    assert "megacontext_base_d2 has GistNet and LensNet; without --mc this stage leaves them out." in said
-    assert (trained / "artifacts/megacontext_mid_d2/000003").is_dir()
+    assert "megacontext_base_d1 has GistNet and LensNet; without --mc this stage leaves them out." in said
+    assert (trained / "artifacts/megacontext_mid_d1/000003").is_dir()
 
 
 def test_base_loss_says_what_every_lens_costs(trained):
