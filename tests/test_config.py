@@ -226,7 +226,8 @@ def test_flags_reach_the_field_of_their_name():
 
 
 def test_the_allocator_that_never_was_becomes_greedy(capsys):
-    assert mega("--allocator", "simple").allocator_type == "greedy"
+    insisted = mega("--allocator", "stochastic_greedy", "--allocator", "simple")
+    assert insisted.allocator_type == "greedy"
     assert "greedy takes its place" in capsys.readouterr().err
 
 

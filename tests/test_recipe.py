@@ -223,7 +223,6 @@ def test_a_run_with_another_tokenizer_is_refused(trained, tmp_path):
         ("base_train", ("--total-batch-size", "100"), "--total-batch-size"),
         ("base_train", ("--attention-impl", "cudnn", "--fresh"), "cudnn"),
         ("base_train", ("--tensor-axis", "3"), "--tensor-axis"),
-        ("base_train", ("--mc",), "--mc"),
         ("base_train", ("--compute-dtype", "bfloat16"), "compute_dtype"),
     ],
 )

@@ -20,10 +20,10 @@ RAW_BLOCKS = [[2], [0, 1], []]  # of the first six blocks, those shown raw; the 
 
 
 def layout_of(row: int) -> list[tuple[int, int]]:
-    """(level, node) of the entries: four gists as one where they can, eight raw tokens at the end."""
+    """(level, node) of the entries: four gists as one where they can, then raw tokens; row 0 ends four earlier."""
     shown = [(0, n) if b in RAW_BLOCKS[row] else (1, b) for b in range(6) for n in range(K * b, K * b + K)]
     shown = [(2, 0) if row == 2 and node < 4 and level else (level, node) for level, node in shown]
-    return list(dict.fromkeys([*shown, *((0, n) for n in range(24, T))]))
+    return list(dict.fromkeys([*shown, *((0, n) for n in range(24, T if row else T - 4))]))
 
 
 def mixed_layout() -> Layout:
@@ -60,20 +60,20 @@ def ids_BT():
 
 @pytest.fixture(scope="module")
 def scores(objective, params, ids_BT):
-    """Scores of every lens: of the batch, and of its first row alone."""
+    """Scores of every lens: of the batch, and of its first row alone, without places that it does not fill."""
     fact_BT = np.zeros((B, T), bool)
     fact_BT[tuple(np.transpose(FACTS))] = True
     layout = mixed_layout()
 
-    def all_lenses(params, rows: slice):
+    def all_lenses(params, rows: slice, places: int):
         tables = tuple(x[rows] for x in objective.tables(params, ids_BT))
-        some = Layout(*(x[rows] for x in layout))
+        some = Layout(*(x[rows, :places] for x in layout))
         view = View(objective, params, tables, ids_BT[rows], some, jax.random.key(1), fact_BT[rows])
         return {name: lens(view) for name, lens in LENSES.items()}
 
     @jit
     def run(params):
-        return all_lenses(params, slice(None)), all_lenses(params, slice(1))
+        return all_lenses(params, slice(None), W), all_lenses(params, slice(1), len(layout_of(0)))
 
     return jax.device_get(run(params))
 
@@ -89,9 +89,9 @@ def test_scores_have_the_shape_of_the_context_and_lie_in_range(scores, lens):
 
 
 @pytest.mark.parametrize("lens", sorted(LENSES.keys() - {"random"}))
-def test_a_score_does_not_depend_on_the_other_rows(scores, lens):
+def test_a_score_does_not_depend_on_the_other_rows_or_on_empty_places(scores, lens):
     whole, alone = scores
-    np.testing.assert_allclose(alone[lens], whole[lens][:1], atol=1e-5)
+    np.testing.assert_allclose(alone[lens], whole[lens][:1, : len(layout_of(0))], atol=1e-5)
 
 
 def test_the_oracle_expands_what_covers_a_fact(scores):
@@ -138,9 +138,9 @@ def test_attention_mass_is_the_models_attention(objective, params, ids_BT):
     np.testing.assert_allclose(mass_BW.sum(1), np.minimum(1, valid_BW.sum(1) / 16), rtol=1e-5)
 
 
-@pytest.mark.parametrize("budget", [12, 17])
-def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT, budget):
-    cfg = AllocatorConfig(block=K, max_level=2, recent=8)
+@pytest.mark.parametrize(("budget", "lenses"), [(12, ("learned",)), (17, ("random", "oracle", "none"))])
+def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT, budget, lenses):
+    cfg = AllocatorConfig(block=K, max_level=2, recent=8, cooldown=0)
     fact_BT = np.zeros((B, T), bool)
     fact_BT[:, 13] = True
 
@@ -148,10 +148,7 @@ def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT
     def run(params):
         tables = objective.tables(params, ids_BT)
         options = {"budget": budget, "iterations": 3, "spare": 0.5, "fact_RT": fact_BT}
-        return {
-            lens: focus(objective, params, tables, ids_BT, cfg, lens=lens, **options)
-            for lens in ("learned", "random", "oracle", "none")
-        }
+        return {lens: focus(objective, params, tables, ids_BT, cfg, lens=lens, **options) for lens in lenses}
 
     for lens, found in jax.device_get(run(params)).items():
         broken = violations(found.layout, block=K, tokens=T, budget=budget, recent=8, max_level=2)
@@ -168,6 +165,6 @@ def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT
         fact = (begin == 13) & (end == 13) & found.layout.valid_BW
         if lens == "none":
             assert (edits == 0).all()
-        if lens == "oracle" and budget == 17:
+        if lens == "oracle":
             assert (edits > 0).all()
             assert fact.any(1).all()  # raw at last

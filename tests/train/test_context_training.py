@@ -66,7 +66,8 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def retrofitted(trained):
     """What mid_train said that began GistNet and LensNet on the vanilla base and froze that."""
-    return run(trained, "mid_train", *MC, "--mc-freeze-base", "--tag", "vanilla", *SHORT)
+    frozen = ("--mc-freeze-base", "--weight-decay", "0.1")  # which alone would move what has no gradient
+    return run(trained, "mid_train", *MC, *frozen, "--tag", "vanilla", *SHORT)
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
     ("words", "setting"),
     [
         (ONE_LAYER, "mc"),
-        ((*BASE, "--block-size", "8"), "block"),
+        ((*BASE, "--block-size", "8"), "block_size"),
         ((*BASE, "--mc-num-random-variants", "3"), "mc_num_random_variants"),
     ],
 )
