@@ -4,7 +4,7 @@
 #   bash run10.sh                    profile from the hardware: a GPU's, or cpu
 #   bash run10.sh --gpu cpu          cpu | 5090 | h100 | h200
 #   bash run10.sh --dry-run          print the plan and stop
-#   bash run10.sh --mc               with MegaContext: gists, working contexts, lens (about an hour on two cores)
+#   bash run10.sh --mc               with MegaContext: gists, working contexts, lens
 #   bash run10.sh --data-dir DIR     your own .parquet, .jsonl or .txt files
 #   bash run10.sh --fresh            start again under a new tag; nothing is deleted
 #

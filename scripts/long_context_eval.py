@@ -1,6 +1,6 @@
 """The tiny long-context suite: what is still known when the past is shown in gists, and what a lens adds.
 
-    python -m scripts.long_context_eval                          all tasks, about 40 minutes on two CPU cores
+    python -m scripts.long_context_eval                          all tasks
     python -m scripts.long_context_eval --tasks 'mqar_4x'        some
     python -m scripts.long_context_eval --seed 1
 

@@ -25,7 +25,7 @@ def collect(nll_BNW, delta_BNW, counted_BNW, level_BNW, levels: int, horizon: in
     }
 
 
-def lens_statistics(loss, score_BNW, score_BNMW, target_BNMW, agreement_P, supervised_P, valid_BNW) -> dict:
+def lens_statistics(loss, score_BNW, score_BNMW, target_BNMW, agreement_P, supervised_P) -> dict:
     asked = target_BNMW != 0
     return {
         "lens_loss": loss,
@@ -34,7 +34,6 @@ def lens_statistics(loss, score_BNW, score_BNMW, target_BNMW, agreement_P, super
         "score_abs": jnp.abs(score_BNW).mean(),
         "score_std": score_BNW.std(-1).mean(),
         "span_corr": _correlation(score_BNMW, target_BNMW, asked),
-        "valid": valid_BNW.mean(),
     }
 
 

@@ -244,9 +244,7 @@ class ContextObjective:
                 (pairs.delta_BNN / spread).reshape(-1),
             )
             total = lens_loss.lens_loss(mix.lens, losses, imbalance, supervised)
-            stats = metrics.lens_statistics(
-                total, score_BNW, score_BNMW, targets, agreement, supervised, jnp.ones_like(score_BNW)
-            )
+            stats = metrics.lens_statistics(total, score_BNW, score_BNMW, targets, agreement, supervised)
         return total, stats
 
     def summarise(self, stats) -> dict:

@@ -19,6 +19,28 @@ WIDTHS = 5  # of the curriculum, each compiled once
 FIRST_SHARE = 0.8  # of the row, in the first phase
 
 
+# Options that training and evaluation do not read in this version.
+NOT_READ = (
+    "mc_aux_dtype",
+    "mc_train_report",
+    "mc_val_report",
+    "mc_log_lod_ascii_train",
+    "mc_log_lod_ascii_val",
+    "mc_log_lens_debug",
+    "mc_tree",
+    "mc_infer_refocus_interval",
+    "mc_infer_rebuild_max_replacements",
+    "mc_infer_rebuild_iterations",
+)
+
+
+def without_effect(opts: MegaContextConfig) -> list[str]:
+    """Flags that were turned and change nothing."""
+    default = MegaContextConfig()
+    turned = [name for name in NOT_READ if getattr(opts, name) != getattr(default, name)]
+    return [f"--{name.replace('_', '-')}" for name in turned]
+
+
 def context_config(opts: MegaContextConfig, model: GPTConfig) -> ContextConfig:
     """The MegaContext parts of a new model."""
     if opts.mc_levels < 1:
@@ -104,10 +126,7 @@ class Phase(NamedTuple):
 def phases(
     opts: MegaContextConfig, base: Objective, ctx: ContextConfig, num_iterations: int, *, shrink: bool
 ) -> list[Phase]:
-    """The curriculum: raw rows, then widths from 80 % of the row down to the final one; the last alone unless `shrink`.
-
-    Retrieval forms on raw rows. While it has not, compressed ones only take their place; once it has, it carries over.
-    """
+    """The curriculum: raw rows, then widths from 80 % of the row down to the final one; the last alone unless `shrink`."""
     T = base.cfg.sequence_len
     mix = mixture(opts, T)
     last = final_width(opts, ctx, T)

@@ -69,9 +69,8 @@ class ContextDecoder:
         cfg = self.allocator
         raw = raw_layout(B, T)
         focus = new_focus(raw._replace(valid_BW=raw.valid_BW & (raw.node_BW < length_B[:, None])), cfg)
-        for _ in range(cfg.max_level):  # one level at a time, the oldest first
-            age_BW = starts(focus.layout, cfg.block) / T - 1.0
-            focus, _ = refocus(focus, age_BW, cfg, budget=self.budget, tokens=length_B)
+        oldest_first_BW = starts(focus.layout, cfg.block) / T - 1.0
+        focus, _ = refocus(focus, oldest_first_BW, cfg, budget=self.budget, tokens=length_B)
         if self.iterations == 0:
             return focus.layout
         focus = new_focus(focus.layout, cfg)

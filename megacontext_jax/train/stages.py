@@ -183,6 +183,8 @@ def context_parts(config: Config, model: GPTConfig, saved: dict | None) -> Conte
     """GistNet and LensNet of this stage: those of the run it starts from, or new ones; None without --mc."""
     if not config.run.mc:
         return None
+    for flag in context_setup.without_effect(config.mc):
+        print0(f"Note: {flag} has no effect in this version.")
     return context_setup.from_dict(saved) if saved else context_setup.context_config(config.mc, model)
 
 

@@ -1,6 +1,5 @@
 """What the table compares: the same questions under several ways to show the history."""
 
-from dataclasses import replace
 from functools import partial
 
 import jax
@@ -94,7 +93,3 @@ def _score(objective: ContextObjective, task: Task, kinds, params, batch, key) -
         logits_RAV = capped_logits(x_RAC, params["lm_head"], cfg.logit_cap, cfg.vocab_size)
         found[kind] = (logits_RAV.argmax(-1) == answers).mean()
     return found
-
-
-def with_tokens(task: Task, tokens: int) -> Task:
-    return replace(task, tokens=tokens)
