@@ -307,7 +307,7 @@ def test_foreign_ids_are_refused_with_row_and_value(tmp_path, bad):
         ("a.json", b'["x"]\n', r"a\.json, line 1, is not a JSON object"),
         (
             "a.jsonl.gz",
-            gzip.compress(b'{"text": "x"}\n' * 9)[:-9],
+            gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9],
             r"a\.jsonl\.gz is not a complete gzip file",
         ),
         ("a.txt", b"one\ntwo\nth\xffree\n", r"a\.txt, line 3, is not UTF-8"),
