@@ -139,7 +139,11 @@ def bare_loss(objective: ContextObjective, params, batch, arrays):
     total += base.nats(loss.weighted_nll, params, x_RWC, arrays["labels"], weights_RW)[0]
     if objective.mixture.lens_weight and objective.mixture.variants > 1:
         ctx = objective.context
-        total += lensnet.lens_scores(params["lensnet"], ctx.lens, arrays["entries"], arrays["layout"]).sum()
+        mass_RW = jnp.ones(arrays["labels"].shape)
+        scores_RW = lensnet.lens_scores(
+            params["lensnet"], ctx.lens, arrays["entries"], arrays["layout"], mass_BW=mass_RW
+        )
+        total += scores_RW.sum()
     return total, (weight, {})
 
 

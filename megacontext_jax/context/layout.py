@@ -127,15 +127,16 @@ def compress(
     block: int,
     levels: int,
     recent: int,
-    oldest_first: bool = False,
+    oldest_first=False,
 ) -> Cut:
     """Layouts of exactly `width` entries: aligned compressions of the head before a raw tail.
 
     Drawn at random: how many nodes of each upper level, then which ones, by an order between "oldest first" and
-    "any" that differs from row to row. With `oldest_first` nothing is random: as many upper nodes as fit, at the
-    oldest places, so that detail falls with distance and the raw tail is the longest. `width` must be reachable
-    (`reachable_width`).
+    "any" that differs from row to row. In rows that are `oldest_first` (a bool, or one per row) nothing is random:
+    as many upper nodes as fit, at the oldest places, so that detail falls with distance and the raw tail is the
+    longest. `width` must be reachable (`reachable_width`).
     """
+    oldest_B = jnp.broadcast_to(oldest_first, rows)
     available = _head_nodes(tokens, block, levels, recent)
     N = available[0] if available else 0
     open_B = jnp.full(rows, (tokens - width) // (block - 1), jnp.int32)  # collapses still to make
@@ -160,11 +161,10 @@ def compress(
             most_B = jnp.maximum(least_B, jnp.minimum(free_Bn.sum(-1), open_B // whole))
             share_B = jax.random.uniform(jax.random.fold_in(key, 2 * level), (rows,)) ** 2
             extra_B = jnp.floor(share_B * (most_B - least_B + 1)).astype(jnp.int32)
-            take_B = most_B if oldest_first else least_B + jnp.minimum(extra_B, most_B - least_B)
+            take_B = jnp.where(oldest_B, most_B, least_B + jnp.minimum(extra_B, most_B - least_B))
             open_B = open_B - take_B * whole
-        order_Bn = jnp.broadcast_to(jnp.arange(n) / n, (rows, n))
-        if not oldest_first:
-            order_Bn += tau_B1 * jax.random.uniform(jax.random.fold_in(key, 2 * level + 1), (rows, n))
+        noise_Bn = tau_B1 * jax.random.uniform(jax.random.fold_in(key, 2 * level + 1), (rows, n))
+        order_Bn = jnp.arange(n) / n + jnp.where(oldest_B[:, None], 0.0, noise_Bn)
         order_Bn = jnp.where(free_Bn, order_Bn, jnp.inf)
         # by sorting: compared pairwise, a value that XLA computes twice may differ from itself in the last bit
         rank_Bn = jnp.argsort(jnp.argsort(order_Bn, axis=1), axis=1)

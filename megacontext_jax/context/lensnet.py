@@ -1,7 +1,8 @@
 """LensNet: a score in (-1, 1) for every entry of a working context; above 0 expand, below 0 collapse.
 
 Bidirectional blocks of the model over the entries, then what an entry is (level, span, distance to the cursor)
-beside what it holds. Features belong to their row alone: a score does not depend on the other rows of a batch.
+beside what it holds, and how much the model itself looks at it. It begins as the last alone, the strongest of
+the lenses without training, and learns where that is wrong. Features belong to their row alone: a score does not depend on the other rows of a batch.
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from megacontext_jax.context.blocks import init_blocks, init_linear, masked_attention, run_blocks
 from megacontext_jax.context.gistnet import affine
 from megacontext_jax.context.layout import Layout, last_tokens, spans
+from megacontext_jax.context.looks import standardised
 from megacontext_jax.context.positions import entry_rope
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
@@ -51,25 +53,35 @@ def init_lensnet(cfg: LensConfig, key) -> dict:
         "level_embed": jax.random.normal(keys[3], (max(4, cfg.max_level + 1), C)),
         "span": {"hidden": init_linear(keys[4], C, 1), "out": init_linear(keys[5], C, C)},
         "distance": {"hidden": init_linear(keys[6], C, 1), "out": init_linear(keys[7], C, C)},
-        "scorer": scorer,
+        "scorer": scorer | {"out": jax.tree.map(jnp.zeros_like, scorer["out"])},
+        "looks": jnp.ones(2),  # raw entries, gists
     }
 
 
-def lens_scores(params: dict, cfg: LensConfig, x_BWC, layout: Layout, kind: str = "gaussian"):
-    """float32 scores [B, W] of the entries `x_BWC` of a layout; 0 at invalid places."""
+def lens_scores(params: dict, cfg: LensConfig, x_BWC, layout: Layout, kind: str = "gaussian", mass_BW=None):
+    """float32 scores [B, W] of the entries `x_BWC` of a layout; 0 at invalid places.
+
+    `mass_BW` is the model's attention on every entry; the PyTorch fork's LensNet has none.
+    """
     end_BW = last_tokens(layout, cfg.block)
     cursor_B1 = jnp.max(jnp.where(layout.valid_BW, end_BW, 0), axis=-1, keepdims=True)
     distance_BW = jnp.log1p(jnp.maximum(cursor_B1 - end_BW, 0).astype(jnp.float32)) / 8
     span_BW = jnp.log(spans(layout.level_BW, cfg.block).astype(jnp.float32)) / 8
     rope = entry_rope(cfg.gpt, layout, cfg.block, kind, x_BWC.dtype)
+    looks_BW = 0.0
+    if mass_BW is not None:
+        gain_BW = params["looks"][jnp.minimum(layout.level_BW, 1)]
+        looks_BW = gain_BW * standardised(mass_BW, layout)
     scores_BW = score_entries(
-        params, cfg, x_BWC, rope, layout.level_BW, span_BW, distance_BW, layout.valid_BW
+        params, cfg, x_BWC, rope, layout.level_BW, span_BW, distance_BW, layout.valid_BW, looks_BW
     )
     return jnp.where(layout.valid_BW, scores_BW, 0.0)
 
 
-def score_entries(params, cfg: LensConfig, x_BWC, rope, level_BW, span_BW, distance_BW, valid_BW):
-    """The network itself, on features that are given."""
+def score_entries(
+    params, cfg: LensConfig, x_BWC, rope, level_BW, span_BW, distance_BW, valid_BW, looks_BW=0.0
+):
+    """The network itself, on features that are given; `looks_BW` is added before the squashing."""
     visible = valid_BW[:, None, None, :]
     if cfg.causal:
         W = valid_BW.shape[-1]
@@ -82,4 +94,4 @@ def score_entries(params, cfg: LensConfig, x_BWC, rope, level_BW, span_BW, dista
     both = jnp.concatenate([h_BWC, features_BWC], axis=-1)
     if "hidden" in params["scorer"]:
         both = jax.nn.relu(affine(params["scorer"]["hidden"], both))
-    return jnp.tanh(affine(params["scorer"]["out"], both)[..., 0].astype(jnp.float32))
+    return jnp.tanh(affine(params["scorer"]["out"], both)[..., 0].astype(jnp.float32) + looks_BW)

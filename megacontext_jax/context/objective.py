@@ -18,6 +18,7 @@ from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import compress, last_tokens, spans, starts
 from megacontext_jax.context.lens_loss import LensLoss
 from megacontext_jax.context.lensnet import LensConfig
+from megacontext_jax.context.looks import QUERIES, attention_mass
 from megacontext_jax.context.positions import alibi_bias
 from megacontext_jax.context.tree import build_levels, gather
 from megacontext_jax.model import gpt, loss
@@ -45,6 +46,7 @@ class Mixture:
     """How a step is made and weighted."""
 
     variants: int = 2
+    recency_share: float = 0.0  # of the variants that are laid out by recency, as when the model is used
     recent: int = 128  # raw tokens at the end of every working context
     horizon: int = 32  # H of the reported difference in nats over the next H tokens
     ahead: int = 0  # newest tokens that LensNet does not see and is judged by; 0: it sees all, judged by all
@@ -64,6 +66,7 @@ class ContextObjective:
     context: ContextConfig
     mixture: Mixture
     width: int
+    aux_dtype: jnp.dtype | None = None  # of GistNet's and LensNet's activations; None: the model's
 
     @property
     def cfg(self) -> GPTConfig:
@@ -76,10 +79,18 @@ class ContextObjective:
         """Nats [B, T] of the raw sequences: what a vanilla model is judged by."""
         return self.base.nll(params, batch)
 
+    @property
+    def _aux(self):
+        return self.aux_dtype or self.base.dtype
+
     def tables(self, params, ids_BT):
         """Level tables of a batch: embeddings, then gists."""
         e_BTC = self.base.place(gpt.embed(params, ids_BT, self.base.dtype))
-        encode = partial(gistnet.encode, params["gistnet"], self.context.gist)
+
+        def encode(x_NKC):
+            gist_NC = gistnet.encode(params["gistnet"], self.context.gist, x_NKC.astype(self._aux))
+            return gist_NC.astype(x_NKC.dtype)
+
         # inside its block a token is smeared as in the model; a gist depends on the tokens of its block alone
         return build_levels(
             encode,
@@ -89,24 +100,44 @@ class ContextObjective:
             lambda x_NKC: gpt.smear(params, x_NKC, gpt.shift_right(x_NKC)),
         )
 
-    def hidden(self, params, tables, ids_BT, layout):
-        """Final normed activations [R, W, C] of working contexts."""
+    @property
+    def queries(self) -> int:
+        """Newest raw tokens of which a lens may ask what they look for."""
+        return max(1, min(QUERIES, self.mixture.recent - self.mixture.ahead))
+
+    def look(self, params, tables, ids_BT, layout, hidden: int = 0):
+        """Final normed activations [R, W, C] of working contexts, and the mass [R, W] of the newest entries' attention.
+
+        The last `hidden` entries neither look nor are looked at.
+        """
+        mass_RW = attention_mass(layout, self.queries, hidden)
+        return self.hidden(params, tables, ids_BT, layout, mass_RW)
+
+    def hidden(self, params, tables, ids_BT, layout, watch=None):
+        """Final normed activations [R, W, C] of working contexts; with `watch` as in `gpt.run_trunk`."""
         ctx, attention = self.context, None
         entries = layout_entries(
             params, self.cfg, tables, ids_BT, layout, block=ctx.block, positions=ctx.positions
         )
         if ctx.positions == "gaussian_alibi":
             attention = partial(biased_attention, alibi_bias(layout, ctx.block, self.cfg.n_head))
-        return self.base.trunk(params, entries._replace(x_BTC=self.base.place(entries.x_BTC)), attention)
+        return self.base.trunk(
+            params, entries._replace(x_BTC=self.base.place(entries.x_BTC)), attention, watch
+        )
 
-    def scores(self, params, tables, layout, hidden: int = 0):
-        """LensNet's scores [R, W], the last `hidden` entries unseen; it looks and does not bend what it looks at."""
+    def scores(self, params, tables, layout, mass_RW, hidden: int = 0):
+        """LensNet's scores [R, W], the last `hidden` entries unseen; it looks and does not bend what it looks at.
+
+        `mass_RW` is the attention of the newest entries (`look`).
+        """
         ctx = self.context
         if hidden:
             seen_W = jnp.arange(layout.valid_BW.shape[1]) < layout.valid_BW.shape[1] - hidden
             layout = layout._replace(valid_BW=layout.valid_BW & seen_W)
-        x_RWC = jax.lax.stop_gradient(gather(tables, layout))
-        return lensnet.lens_scores(params["lensnet"], ctx.lens, x_RWC, layout, _lens_positions(ctx.positions))
+        x_RWC = jax.lax.stop_gradient(gather(tables, layout)).astype(self._aux)
+        return lensnet.lens_scores(
+            params["lensnet"], ctx.lens, x_RWC, layout, _lens_positions(ctx.positions), mass_RW
+        )
 
     def loss(self, params, batch, key):
         """(summed loss, (weight, statistics)): the loss of a token times the number of targets."""
@@ -131,6 +162,7 @@ class ContextObjective:
 
         # the same sequences in working contexts
         with jax.named_scope("controller"):
+            by_recency_R = jax.random.uniform(jax.random.fold_in(key, 2), (B * N,)) < mix.recency_share
             cut = compress(
                 jax.random.fold_in(key, 0),
                 B * N,
@@ -139,6 +171,7 @@ class ContextObjective:
                 block=ctx.block,
                 levels=ctx.levels,
                 recent=mix.recent,
+                oldest_first=by_recency_R,
             )
             layout = cut.layout
             last_RW = last_tokens(layout, ctx.block)
@@ -147,7 +180,7 @@ class ContextObjective:
             soft_RW = ((layout.level_BW > 0) & (labels_RW >= 0)) * mix.gist_token_weight
             base_RW = pick(raw_BT, last_RW)
         tables = self.tables(params, ids_BT)
-        x_RWC = self.hidden(params, tables, ids_BT, layout)
+        x_RWC, mass_RW = self.look(params, tables, ids_BT, layout, mix.ahead)
         weights_RW = counted_RW + soft_RW
         if mix.delta_weight:  # contexts worse than the raw one count more
             seen_RW = self.base.nats(loss.chunked_nll, params, jax.lax.stop_gradient(x_RWC), labels_RW)
@@ -176,7 +209,7 @@ class ContextObjective:
             total += mix.regression_weight * regression
             stats["regression"] = jax.lax.stop_gradient(regression)
         if mix.lens_weight and N > 1:
-            lens, lens_stats = self._lens(params, tables, cut, gain_BN, judged_BN > 0)
+            lens, lens_stats = self._lens(params, tables, cut, mass_RW, gain_BN, judged_BN > 0)
             total += mix.lens_weight * lens
             stats |= lens_stats
         return weight * total, (weight, jax.lax.stop_gradient(stats))
@@ -207,12 +240,12 @@ class ContextObjective:
         weight_RP = known_RP * jnp.where(level_RP > 1, 0.5, 1.0)
         return (weight_RP * (1 - cosine_RP)).sum() / jnp.maximum(weight_RP.sum(), 1.0)
 
-    def _lens(self, params, tables, cut, delta_BN, usable_BN):
+    def _lens(self, params, tables, cut, mass_RW, delta_BN, usable_BN):
         mix, ctx = self.mixture, self.context
         layout = cut.layout
         B, N = delta_BN.shape
         W = layout.level_BW.shape[1]
-        score_BNW = self.scores(params, tables, layout, mix.ahead).reshape(B, N, W)
+        score_BNW = self.scores(params, tables, layout, mass_RW, mix.ahead).reshape(B, N, W)
         level_BNW = layout.level_BW.reshape(B, N, W)
         with jax.named_scope("controller"):
             pairs = lens_loss.choose_pairs(
@@ -258,7 +291,7 @@ class ContextObjective:
 
     @cached_property
     def flops_per_token(self) -> float:
-        """Training FLOPs per token of the sequence, everything counted."""
+        """Training FLOPs per token of the sequence, of all three networks."""
         cfg, ctx, mix = self.cfg, self.context, self.mixture
         T, W, N = cfg.sequence_len, self.width, mix.variants
         vanilla = cfg.flops_per_token()

@@ -3,6 +3,8 @@
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from megacontext_jax.config import MegaContextConfig
 from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.gistnet import GistConfig
@@ -17,16 +19,11 @@ from megacontext_jax.model.objective import Objective
 
 WIDTHS = 5  # of the curriculum, each compiled once
 FIRST_SHARE = 0.8  # of the row, in the first phase
+RECENCY_SHARE = 0.5  # of the variants; the rest is random
 
 
 # Options that training and evaluation do not read in this version.
 NOT_READ = (
-    "mc_aux_dtype",
-    "mc_train_report",
-    "mc_val_report",
-    "mc_log_lod_ascii_train",
-    "mc_log_lod_ascii_val",
-    "mc_log_lens_debug",
     "mc_tree",
     "mc_infer_refocus_interval",
     "mc_infer_rebuild_max_replacements",
@@ -116,6 +113,11 @@ def _reach(target: int, opts, ctx: ContextConfig, seq_len: int) -> int:
     return reachable_width(target, seq_len, block=ctx.block, levels=ctx.levels, recent=recent)
 
 
+def objective(opts: MegaContextConfig, base: Objective, ctx: ContextConfig, mix: Mixture, width: int):
+    dtypes = {"auto": base.dtype, "fp32": jnp.float32, "bf16": jnp.bfloat16}
+    return ContextObjective(base, ctx, mix, width, jnp.dtype(dtypes[opts.mc_aux_dtype]))
+
+
 class Phase(NamedTuple):
     """From `first_step` on the working contexts have the width of this objective."""
 
@@ -131,20 +133,26 @@ def phases(
     mix = mixture(opts, T)
     last = final_width(opts, ctx, T)
     if not shrink or not mix.variants:
-        return [Phase(0, ContextObjective(base, ctx, mix, last))]
+        return [Phase(0, objective(opts, base, ctx, mix, last))]
     first = max(last, _reach(int(FIRST_SHARE * T), opts, ctx, T))
     widths = dict.fromkeys(
         _reach(round(first + (last - first) * i / (WIDTHS - 1)), opts, ctx, T) for i in range(WIDTHS)
     )
     joined = round(opts.mc_raw_share * num_iterations)
     span = opts.mc_curriculum_share * num_iterations
-    found = [Phase(0, ContextObjective(base, ctx, replace(mix, variants=0), last))]
+    found = [Phase(0, objective(opts, base, ctx, replace(mix, variants=0), last))]
     for i, width in enumerate(widths):
         start = joined + round(span * i / max(1, len(widths) - 1))
         if found[-1].first_step == start:
             found.pop()
-        found.append(Phase(start, ContextObjective(base, ctx, mix, width)))
+        found.append(Phase(start, objective(opts, base, ctx, mix, width)))
     return found
+
+
+def nothing_to_choose(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> bool:
+    """Whether all working contexts of the final width are alike, so that no lens can be learned from them."""
+    shape = {"block": ctx.block, "levels": ctx.levels, "recent": recent_tokens(opts, seq_len)}
+    return final_width(opts, ctx, seq_len) in (seq_len, fewest_entries(seq_len, **shape))
 
 
 def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
@@ -166,6 +174,7 @@ def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
     recent = recent_tokens(opts, seq_len)
     return Mixture(
         variants=opts.mc_num_random_variants,
+        recency_share=RECENCY_SHARE,
         recent=recent,
         horizon=opts.mc_horizon,
         ahead=recent // 2,
@@ -190,7 +199,9 @@ def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:
 
 
 def iterations(opts: MegaContextConfig) -> int:
-    """Of a refocus when the model is used."""
+    """Of a refocus when the model is used; none without a lens."""
+    if opts.mc_lens == "none":
+        return 0
     asked = opts.mc_infer_allocator_iterations
     return asked if asked >= 0 else opts.allocator_iterations
 

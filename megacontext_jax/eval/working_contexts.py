@@ -8,6 +8,7 @@ context has seen what is predicted. Shape suffixes: R rows, T tokens, H horizon,
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +20,11 @@ from megacontext_jax.context import setup
 from megacontext_jax.context.allocator import AllocatorConfig, new_focus, refocus
 from megacontext_jax.context.entries import pick
 from megacontext_jax.context.focus import focus, seed_layout
-from megacontext_jax.context.layout import Layout, append_raw, last_tokens, raw_layout
+from megacontext_jax.context.layout import Layout, append_raw, compress, last_tokens, raw_layout, starts
 from megacontext_jax.context.lenses import LENSES, View
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.context.positions import entry_rope
+from megacontext_jax.eval.strips import ascii_strip, token_levels
 from megacontext_jax.model import loss
 
 
@@ -95,6 +97,31 @@ def _up_to(tables: tuple, tokens: int, objective) -> tuple:
     block = objective.context.block
     return tuple(table[:, : tokens // block**level] for level, table in enumerate(tables))
 
+    def look(self, params, ids_RT, key) -> "Seen":
+        """The context of the first row before and after the first lens."""
+        ids_RT = ids_RT[:1, : ids_RT.shape[1] - self.horizon]
+        tables = self.objective.tables(params, ids_RT)
+        lens, options = self.lenses[0], {"iterations": self.iterations, "spare": self.spare}
+        found = focus(
+            self.objective,
+            params,
+            tables,
+            ids_RT,
+            self.allocator,
+            budget=self.budget,
+            lens=lens,
+            key=key,
+            **options,
+        )
+        score_RW = LENSES[lens](View(self.objective, params, tables, ids_RT, found.before, key))
+        return Seen(found.before, found.layout, score_RW)
+
+
+class Seen(NamedTuple):
+    before: Layout
+    after: Layout
+    score_RW: jax.Array  # of the entries before
+
 
 BASELINES = ("learned", "attention", "lexical", "random")
 
@@ -112,15 +139,37 @@ def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = ()) 
     )
 
 
+class Detail(NamedTuple):
+    """What is told beside the metrics."""
+
+    timers: bool = False
+    report: bool = True  # the line for people
+    strip: bool = False  # a focused context as characters
+    scores: bool = False  # the scores behind it
+    training_strip: bool = False  # a working context as training draws them
+
+
+METRICS_ALONE = Detail()
+
+
 class Probe:
-    """Evaluates the working contexts of a model in training: metrics, and a line for people."""
+    """Evaluates the working contexts of a model in training: metrics, lines for people, events for dashboards."""
 
     def __init__(
-        self, views: Views, batches: Iterable[dict], mesh: Mesh, *, timers: bool = False, rows: int = 64
+        self,
+        views: Views,
+        batches: Iterable[dict],
+        mesh: Mesh,
+        *,
+        detail: Detail = METRICS_ALONE,
+        rows: int = 64,
     ):
-        self.views, self._batches, self._mesh, self._timers, self._rows = views, batches, mesh, timers, rows
+        self.views, self.detail = views, detail
+        self._batches, self._mesh, self._rows = batches, mesh, rows
         self._deltas = jax.jit(views.deltas, out_shardings=meshes.replicated(mesh))
+        self._look = jax.jit(views.look, out_shardings=meshes.replicated(mesh))
         self._timed = None
+        self._seen: Seen | None = None
 
     def __call__(self, params) -> dict[str, float]:
         deltas: dict[str, list] = {}
@@ -135,9 +184,10 @@ class Probe:
             seen += len(batch["inputs"])
             if seen >= self._rows:
                 break
-        return self._metrics({n: np.concatenate(d) for n, d in deltas.items()}, stats) | self._times(
-            params, placed
-        )
+        if self.detail.strip or self.detail.scores or self.detail.timers:
+            self._seen = jax.device_get(self._look(params, placed["inputs"], jax.random.key(0)))
+        metrics = self._metrics({n: np.concatenate(d) for n, d in deltas.items()}, stats)
+        return metrics | self._times(params, placed)
 
     def _metrics(self, deltas: dict, stats: list) -> dict[str, float]:
         views, out = self.views, {}
@@ -170,20 +220,80 @@ class Probe:
             f"swap rate {metrics['mc/swap_rate']:.3f}, budget used {metrics['mc/utilization']:.2f}"
         )
 
-    def event(self, metrics: dict) -> dict:
-        """Fields of the `focus_allocator` event."""
-        return {
+    def lines(self, metrics: dict) -> list[str]:
+        """All that the configuration asks to print."""
+        lines = [self.line(metrics)] if self.detail.report else []
+        seen, cfg = self._seen, self.views.allocator
+        tokens = self.views.objective.cfg.sequence_len - self.views.horizon
+        if seen and self.detail.strip:
+            for name, layout in (("before focus", seen.before), ("after", seen.after)):
+                strip = ascii_strip(token_levels(layout, cfg.block, tokens)[0], cfg.block, cfg.recent)
+                lines.append(f"{name:>12} {strip}")
+        if seen and self.detail.scores:
+            level, node, valid = (x[0] for x in seen.before)
+            told = [
+                f"{k}:{i} {s:+.2f}"
+                for k, i, s, v in zip(level, node, seen.score_RW[0], valid, strict=True)
+                if v and k
+            ]
+            lines.append(f"scores of gists (level:node): {', '.join(told)}")
+        return lines
+
+    def training_line(self, objective: ContextObjective, step: int) -> str | None:
+        """A working context as the step draws them."""
+        mix, ctx = objective.mixture, objective.context
+        if not (self.detail.training_strip and mix.variants):
+            return None
+        T = objective.cfg.sequence_len
+        options = {"block": ctx.block, "levels": ctx.levels, "recent": mix.recent}
+        layout = compress(jax.random.key(step), 1, T, objective.width, **options).layout
+        strip = ascii_strip(token_levels(layout, ctx.block, T)[0], ctx.block, mix.recent)
+        return f"in training {strip}"
+
+    def events(self, metrics: dict) -> list[tuple[str, dict]]:
+        """(name, fields) of the events that describe a validation (telemetry/names.py)."""
+        views, seen = self.views, self._seen
+        delta = f"val/delta_nll_h{views.horizon}/{views.lenses[0]}"
+        allocator = {
             "tag": "validation",
-            "source": self.views.lenses[0],
-            "wc_length": self.views.budget * metrics["mc/utilization"],
+            "source": views.lenses[0],
+            "wc_length": views.budget * metrics["mc/utilization"],
             **{
                 name: metrics[f"mc/{name}"]
                 for name in ("swap_rate", "utilization", "residency_mean", "residency_p95")
             },
         }
+        found = [("focus_allocator", allocator)]
+        if delta in metrics:
+            fields = {"mean": metrics[delta], "p95": metrics[f"{delta}_p95"], "horizon": views.horizon}
+            found.append(("delta_nll", fields))
+        if seen:
+            score = seen.score_RW[seen.before.valid_BW]
+            allocator |= {f"score_{name}": getattr(score, name)() for name in ("mean", "std", "max", "min")}
+            found += [
+                ("mc_tree_snapshot", self._tree()),
+                ("working_context_snapshot", self._context(seen.after)),
+            ]
+        return found
+
+    def _tree(self) -> dict:
+        objective = self.views.objective
+        tokens = objective.cfg.sequence_len - self.views.horizon
+        ctx, C = objective.context, objective.cfg.n_embd
+        summary = {level: [tokens // ctx.block**level, C] for level in range(ctx.levels + 1)}
+        return {"tag": "validation", "summary": summary, "total_tokens": tokens, "max_lod": ctx.levels}
+
+    def _context(self, layout: Layout) -> dict:
+        valid = layout.valid_BW[0]
+        return {
+            "tag": "validation",
+            "length": int(valid.sum()),
+            "lods": layout.level_BW[0][valid],
+            "positions": np.asarray(starts(layout, self.views.allocator.block))[0][valid],
+        }
 
     def _times(self, params, batch) -> dict[str, float]:
-        if not self._timers:
+        if not self.detail.timers:
             return {}
         self._timed = self._timed or _stages(self.views)
         inputs = {"params": params, "batch": batch}

@@ -75,7 +75,7 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
         return LoadedModel(objective, base, tokenizer, folder, step)
     width = context_setup.final_width(config.mc, parts, cfg.sequence_len)
     mixture = context_setup.mixture(config.mc, cfg.sequence_len)
-    context = ContextObjective(objective, parts, mixture, width)
+    context = context_setup.objective(config.mc, objective, parts, mixture, width)
     return LoadedModel(objective, params, tokenizer, folder, step, context)
 
 

@@ -225,8 +225,11 @@ def run_trunk(
     remat: str = "none",
     unroll: int | bool = 1,
     place: Callable[[jax.Array], jax.Array] = lambda x_BTC: x_BTC,
+    watch: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ):
     """Final normed activations [B, T, C] of all layers over the entries.
+
+    With `watch`, a function of a layer's queries and keys to float32 [B, T], also its sum over the layers.
 
     `remat` is none, dots (keep matrix products) or full (keep block inputs); `unroll` is that of `lax.scan`
     over the layers (True: all of them, faster on CPUs and slower to compile); `place` puts the residual
@@ -241,24 +244,30 @@ def run_trunk(
         if value is not None:
             value = value | {"rows": place(value["rows"])}
         with jax.named_scope("attention"):
-            attn_BTHD = attention(*qkv(layer, cfg, x_BTC, rope, value), window=window)
-        return place(close_block(layer, x_BTC, attn_BTHD))
+            q, k, v = qkv(layer, cfg, x_BTC, rope, value)
+            attn_BTHD = attention(q, k, v, window=window)
+        return place(close_block(layer, x_BTC, attn_BTHD)), None if watch is None else watch(q, k)
 
     def block(kind, index, carry, layer, value):
-        x_BTC, kept_BTC = carry
+        x_BTC, kept_BTC, watched_BT = carry
         fn = partial(run, windows[kind])
         if remat == "full":
             fn = jax.checkpoint(fn)
         elif remat == "dots":
             fn = jax.checkpoint(fn, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-        x_BTC = fn(x_BTC, x0_BTC, layer, value)
+        x_BTC, more_BT = fn(x_BTC, x0_BTC, layer, value)
+        if watch is not None:
+            watched_BT = watched_BT + more_BT
         if kept_BTC is not None and kind in (middle, middle % period):
             kept_BTC = jnp.where(index == middle, x_BTC, kept_BTC)
-        return x_BTC, kept_BTC
+        return x_BTC, kept_BTC, watched_BT
 
-    carry = x0_BTC, (x0_BTC if cfg.constants.backout else None)
-    carry = fold_layers(cfg, block, carry, layer_params(params), values, unroll)
-    return leave_trunk(params, *carry)
+    kept_BTC = x0_BTC if cfg.constants.backout else None
+    watched_BT = None if watch is None else jnp.zeros(x0_BTC.shape[:2])
+    carry = x0_BTC, kept_BTC, watched_BT
+    *ends, watched_BT = fold_layers(cfg, block, carry, layer_params(params), values, unroll)
+    x_BTC = leave_trunk(params, *ends)
+    return x_BTC if watch is None else (x_BTC, watched_BT)
 
 
 def residual_stream(params, cfg: GPTConfig, ids_BT, *, dtype=jnp.float32):

@@ -38,8 +38,8 @@ class Objective:
         axes = axes or (meshes.BATCH, *(None,) * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
 
-    def trunk(self, params, entries: gpt.Entries, attention=None):
-        """Final normed activations [B, T, C]."""
+    def trunk(self, params, entries: gpt.Entries, attention=None, watch=None):
+        """Final normed activations [B, T, C]; with `watch` as in `gpt.run_trunk`."""
         return gpt.run_trunk(
             params,
             self.cfg,
@@ -48,6 +48,7 @@ class Objective:
             remat=self.remat,
             unroll=jax.default_backend() == "cpu",  # faster steps, slower to compile
             place=self.place,
+            watch=watch,
         )
 
     def hidden(self, params, ids_BT):

@@ -85,8 +85,9 @@ class TrainingStopped(UserError):
 class StepLog:
     """Metrics of dispatched steps, read one step late so that the host never waits for the newest."""
 
-    def __init__(self, opts, meter: StepMeter, multiplier, metrics):
+    def __init__(self, opts, meter: StepMeter, multiplier, metrics, describe: bool = False):
         self._opts = opts
+        self._describe = describe
         self._meter = meter
         self._multiplier = multiplier
         self._metrics = metrics
@@ -129,10 +130,39 @@ class StepLog:
         if jax.process_index() == 0:
             self._printer.show(report_)
         if step % self._opts.log_every == 0 or step + 1 == self._meter.total_steps:
+            self._tell_contexts(step, own)
             extra = {f"train/{name}": values[name] for name in ("param_norm", "update_norm", "weight")}
             self._metrics.log(
                 report_.metrics() | extra | {"train/loss_step": values["loss"]} | own, step=step
             )
+
+    def _tell_contexts(self, step: int, values: dict) -> None:
+        """The working contexts of a step as events and, where asked for, as a line."""
+        for kind, prefix, what in (
+            ("lod_metrics", "mc/lod_loss/", "loss"),
+            ("lod_counts", "mc/lod_count/", "count"),
+        ):
+            fields = {
+                f"lod_{name.removeprefix(prefix)}_{what}": value
+                for name, value in values.items()
+                if name.startswith(prefix)
+            }
+            if fields:
+                self._metrics.event(kind, fields, f"train_step_{step}")
+        if "mc/variants_mean" not in values:
+            return
+        variants = {name: values[f"mc/variants_{name}"] for name in ("total", "mean")}
+        fields = {f"variants_{name}": value for name, value in variants.items()}
+        self._metrics.event("mc_batch_stats", fields, f"train_step_{step}")
+        if self._describe:
+            words = ", ".join(
+                f"{name.removeprefix('mc/')} {value:.4g}"
+                for name, value in values.items()
+                if name.startswith(
+                    ("mc/delta_nll", "mc/lod_delta", "mc/lens_loss", "mc/preference_agreement")
+                )
+            )
+            print0(f"Step {step:05d} | working contexts: {words}")
 
 
 def train(setup: Setup) -> int:
@@ -198,7 +228,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         primary=jax.process_index() == 0,
     )
     print0(metrics.describe())
-    log = StepLog(opts, meter, setup.rate, metrics)
+    log = StepLog(opts, meter, setup.rate, metrics, setup.config.mc.mc_train_report)
     simulated = jax.default_backend() == "cpu" and mesh.size > 1
     results: dict[str, float] = dict(loop_state.get("results", {}))
 
@@ -233,8 +263,11 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         more = setup.probe(state.params) if setup.probe else {}
         results.update({name: value for name, value in more.items() if name.startswith("val/")})
         if more:
-            print0(f"Step {step:05d} | " + setup.probe.line(more))
-            metrics.event("focus_allocator", setup.probe.event(more))
+            for line in (*setup.probe.lines(more), setup.probe.training_line(phase.objective, step)):
+                if line:
+                    print0(f"Step {step:05d} | {line}")
+            for kind, fields in setup.probe.events(more):
+                metrics.event(kind, fields, f"validation_step_{step}")
         metrics.log(results | more, step=step)
         log.restart_clock()
 

@@ -23,7 +23,7 @@ from megacontext_jax.data.conversations import (
 )
 from megacontext_jax.data.stream import pretrain_stream, val_batches
 from megacontext_jax.data.tokenizer import Tokenizer
-from megacontext_jax.eval.working_contexts import Probe, views_of
+from megacontext_jax.eval.working_contexts import Detail, Probe, views_of
 from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_samples
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, make_objective
@@ -170,12 +170,22 @@ def prepare(config: Config, stage: str) -> Setup:
         probe=None
         if parts is None or config.mc.mc_disable_val
         else Probe(
-            views_of(config, trained), data.validation["val/bpb"], mesh, timers=config.mc.mc_log_timers
+            views_of(config, trained), data.validation["val/bpb"], mesh, detail=probe_detail(config.mc)
         ),
         sample=partial(draw_samples, objective, tokenizer, data.prompts)
         if jax.process_count() == 1
         else None,
         facts=facts,
+    )
+
+
+def probe_detail(opts) -> Detail:
+    return Detail(
+        timers=opts.mc_log_timers,
+        report=opts.mc_val_report,
+        strip=opts.mc_log_lod_ascii_val,
+        scores=opts.mc_log_lens_debug,
+        training_strip=opts.mc_log_lod_ascii_train,
     )
 
 
@@ -185,7 +195,13 @@ def context_parts(config: Config, model: GPTConfig, saved: dict | None) -> Conte
         return None
     for flag in context_setup.without_effect(config.mc):
         print0(f"Note: {flag} has no effect in this version.")
-    return context_setup.from_dict(saved) if saved else context_setup.context_config(config.mc, model)
+    parts = context_setup.from_dict(saved) if saved else context_setup.context_config(config.mc, model)
+    if context_setup.nothing_to_choose(config.mc, parts, model.sequence_len):
+        print0(
+            "Note: at the final width of the working contexts there is only one way to lay a row out, so LensNet "
+            "learns nothing there; allow more levels, or another --mc-train-wc-length."
+        )
+    return parts
 
 
 def start_from(

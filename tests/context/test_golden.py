@@ -230,6 +230,8 @@ def test_scores_belong_to_their_row_and_look_both_ways():
     """What the fork's do not: there a row's scores move with the other rows, and nothing to the right counts."""
     cfg = LensConfig(classic(1, 32, 2), block=4)
     params = jax.jit(partial(init_lensnet, cfg))(jax.random.key(0))
+    out = params["scorer"]["out"]  # zero at the start
+    out |= {"weight": jax.random.normal(jax.random.key(2), out["weight"].shape) / 10}
     x_BWC = jax.random.normal(jax.random.key(1), (2, 6, 32))
     level_BW = jnp.array([[1, 1, 0, 0, 0, 0], [2, 2, 1, 1, 0, 0]])
     node_BW = jnp.array([[0, 1, 8, 9, 10, 11], [0, 1, 8, 9, 40, 41]])

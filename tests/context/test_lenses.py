@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from megacontext_jax.context.allocator import AllocatorConfig
-from megacontext_jax.context.entries import layout_entries
 from megacontext_jax.context.focus import focus
 from megacontext_jax.context.layout import Layout, last_tokens, raw_layout, starts, violations
-from megacontext_jax.context.lenses import LENSES, View, attention_mass
+from megacontext_jax.context.lenses import LENSES, View
+from megacontext_jax.context.looks import attention_mass
 from megacontext_jax.model.attention import reference_attention
 from megacontext_jax.model.gpt import qkv, token_entries
 from tests.context.test_objective import K, T, jit, objective_of, params_of
@@ -34,6 +34,9 @@ def mixed_layout() -> Layout:
         level_BW[b, : len(entries)], node_BW[b, : len(entries)] = zip(*entries, strict=True)
         valid_BW[b, : len(entries)] = True
     return Layout(level_BW, node_BW, valid_BW)
+
+
+LAYOUT = mixed_layout()
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def scores(objective, params, ids_BT):
     """Scores of every lens: of the batch, and of its first row alone, without places that it does not fill."""
     fact_BT = np.zeros((B, T), bool)
     fact_BT[tuple(np.transpose(FACTS))] = True
-    layout = mixed_layout()
+    layout = LAYOUT
 
     def all_lenses(params, rows: slice, places: int):
         tables = tuple(x[rows] for x in objective.tables(params, ids_BT))
@@ -80,7 +83,7 @@ def scores(objective, params, ids_BT):
 
 @pytest.mark.parametrize("lens", LENSES)
 def test_scores_have_the_shape_of_the_context_and_lie_in_range(scores, lens):
-    score_BW, valid_BW = scores[0][lens], mixed_layout().valid_BW
+    score_BW, valid_BW = scores[0][lens], LAYOUT.valid_BW
     assert score_BW.shape == (B, W)
     assert (np.abs(score_BW) <= 1).all()
     assert not valid_BW.all()
@@ -95,7 +98,7 @@ def test_a_score_does_not_depend_on_the_other_rows_or_on_empty_places(scores, le
 
 
 def test_the_oracle_expands_what_covers_a_fact(scores):
-    layout = mixed_layout()
+    layout = LAYOUT
     begin, end = (np.asarray(x) for x in (starts(layout, K), last_tokens(layout, K)))
     fact_B1 = np.array([[token] for _, token in sorted(FACTS)])
     covers_BW = (begin <= fact_B1) & (fact_B1 <= end) & layout.valid_BW
@@ -104,7 +107,7 @@ def test_the_oracle_expands_what_covers_a_fact(scores):
 
 
 def test_lexical_prefers_the_block_with_the_words_asked_for(scores):
-    score_W, layout = scores[0]["lexical"][0], mixed_layout()
+    score_W, layout = scores[0]["lexical"][0], LAYOUT
     node_W = np.where(layout.level_BW[0] == 1, layout.node_BW[0], -1)
     by_block = {block: score_W[node_W == block].item() for block in (0, 1, 3)}  # those before the words asked
     assert max(by_block, key=by_block.get) == 3
@@ -115,27 +118,53 @@ def test_lexical_prefers_the_block_with_the_words_asked_for(scores):
 
 def test_attention_mass_is_the_models_attention(objective, params, ids_BT):
     """One-hot values make the output of the plain attention the attention itself."""
-    cfg, queries = objective.cfg, 5
+    cfg, queries, hidden = objective.cfg, 5, 3
 
     @jit
     def both(params):
-        tables, raw = objective.tables(params, ids_BT)[:1], raw_layout(B, T)
-        entries = layout_entries(params, cfg, tables, ids_BT, raw, block=K)
-        mass_BT = attention_mass(params, cfg, entries, raw, queries)
+        tables, raw = objective.tables(params, ids_BT), raw_layout(B, T)
+        _, mass_BT = objective.hidden(params, tables, ids_BT, raw, attention_mass(raw, queries, hidden))
         x_BTC, rope, _ = token_entries(params, cfg, ids_BT, jnp.float32)
         q, k, _ = qkv({name: w[0] for name, w in params["h"].items()}, cfg, x_BTC, rope)
         one_hot = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, cfg.n_kv_head, T))
-        mixed = layout_entries(params, cfg, objective.tables(params, ids_BT), ids_BT, mixed_layout(), block=K)
-        return mass_BT, reference_attention(q, k, one_hot), attention_mass(params, cfg, mixed, mixed_layout())
+        return mass_BT, reference_attention(q, k, one_hot), objective.look(params, tables, ids_BT, LAYOUT)
 
-    mass_BT, attention_BTHS, mass_BW = both(params)
-    np.testing.assert_allclose(mass_BT, attention_BTHS[:, -queries:].mean((1, 2)), atol=1e-5)
-    np.testing.assert_allclose(mass_BT.sum(1), 1, rtol=1e-5)
-    valid_BW = mixed_layout().valid_BW
+    mass_BT, attention_BTHS, (x_BWC, mass_BW) = jax.device_get(both(params))
+    expected_BT = attention_BTHS[:, -queries - hidden : -hidden].mean((1, 2))
+    np.testing.assert_allclose(mass_BT, expected_BT, atol=1e-5)
+    assert (mass_BT[:, -hidden:] == 0).all()
+    assert x_BWC.shape == (B, W, cfg.n_embd)
     assert (mass_BW >= 0).all()
-    assert (np.asarray(mass_BW)[~valid_BW] == 0).all()
-    # of sixteen queries, those that a short context has
-    np.testing.assert_allclose(mass_BW.sum(1), np.minimum(1, valid_BW.sum(1) / 16), rtol=1e-5)
+    assert (mass_BW[~LAYOUT.valid_BW] == 0).all()
+    np.testing.assert_allclose(mass_BW.sum(1), 1, rtol=1e-5)
+
+
+def test_layers_are_summed_and_watching_changes_nothing(ids_BT):
+    objective = objective_of(layers=2)
+    params = params_of(objective)
+
+    @jit
+    def run(params):
+        tables = objective.tables(params, ids_BT)
+        x_BWC, mass_BW = objective.look(params, tables, ids_BT, LAYOUT)
+        return x_BWC, mass_BW, objective.hidden(params, tables, ids_BT, LAYOUT)
+
+    x_BWC, mass_BW, plain_BWC = run(params)
+    np.testing.assert_allclose(x_BWC, plain_BWC, atol=1e-6)
+    np.testing.assert_allclose(mass_BW.sum(1), 2, rtol=1e-5)
+
+
+def test_a_new_lensnet_is_the_attention_lens(objective, ids_BT):
+    """It starts from the strongest lens that needs no training."""
+
+    @jit
+    def run(params):
+        view = View(objective, params, objective.tables(params, ids_BT), ids_BT, LAYOUT, jax.random.key(0))
+        return LENSES["learned"](view), LENSES["attention"](view)
+
+    learned_BW, attention_BW = run(objective.init(jax.random.key(0)))
+    np.testing.assert_allclose(learned_BW, attention_BW, atol=1e-6)
+    assert np.std(attention_BW) > 0.1
 
 
 @pytest.mark.parametrize(("budget", "lenses"), [(12, ("learned",)), (17, ("random", "oracle", "none"))])

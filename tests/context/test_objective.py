@@ -92,6 +92,23 @@ def whole(params, batch):
     return [step(params, tokens_of(3, seed), jax.random.key(seed)) for seed in (0, 1)]
 
 
+def test_the_dtype_of_the_small_networks_is_their_own(objective, params):
+    """--mc-aux-dtype: gists rounded like bfloat16, kept in the model's dtype; the tokens are not touched."""
+    ids_BT = tokens_of(2)["inputs"]
+    half = replace(objective, aux_dtype=jnp.dtype(jnp.bfloat16))
+
+    @jit
+    def both(params):
+        return objective.tables(params, ids_BT), half.tables(params, ids_BT)
+
+    full, rounded = both(params)
+    assert all(table.dtype == jnp.float32 for table in rounded)
+    np.testing.assert_array_equal(full[0], rounded[0])
+    error = np.linalg.norm(full[1] - rounded[1]) / np.linalg.norm(full[1])
+    assert 1e-4 < error < 2e-2
+    np.testing.assert_array_equal(rounded[1], rounded[1].astype(jnp.bfloat16).astype(jnp.float32))
+
+
 # --- Raw working contexts are the vanilla model ---------------------------------------------------------
 
 
@@ -152,7 +169,8 @@ def test_the_lens_learns_from_its_loss_alone_which_bends_nothing_else(objective,
     @jax.grad
     def push(params):
         tables, cut = objective.tables(params, batch["inputs"]), draw_of(6)
-        return objective._lens(params, tables, cut, stats["delta_BN"], stats["count_BN"] > 0)[0]
+        _, mass_RW = objective.look(params, tables, batch["inputs"], cut.layout)
+        return objective._lens(params, tables, cut, mass_RW, stats["delta_BN"], stats["count_BN"] > 0)[0]
 
     alone = push(params)
     assert norm({name: x for name, x in alone.items() if name != "lensnet"}) == 0
@@ -299,7 +317,7 @@ def test_both_contexts_of_a_pair_teach_the_lens(objective, monkeypatch):
     @partial(jax.value_and_grad, has_aux=True)
     def step(score_NW):
         monkeypatch.setattr(ContextObjective, "scores", lambda *_: score_NW)
-        return judge._lens({}, (), cut, jnp.array([[2.0, 0.5]]), jnp.ones((1, 2), bool))
+        return judge._lens({}, (), cut, jnp.ones((2, W)), jnp.array([[2.0, 0.5]]), jnp.ones((1, 2), bool))
 
     (_, stats), push_NW = step(jnp.zeros((2, W)))
     push_NW = -np.asarray(push_NW)  # what a step does to the scores
@@ -314,7 +332,9 @@ def test_both_contexts_of_a_pair_teach_the_lens(objective, monkeypatch):
 def test_the_lens_does_not_see_the_tokens_it_is_judged_by(objective, params, batch):
     @jit
     def scores(params, ids_BT):
-        return objective.scores(params, objective.tables(params, ids_BT), draw_of(3).layout, 3)
+        tables, layout = objective.tables(params, ids_BT), draw_of(3).layout
+        _, mass_RW = objective.look(params, tables, ids_BT, layout, 3)
+        return objective.scores(params, tables, layout, mass_RW, 3)
 
     found = scores(params, batch["inputs"])
     other = batch["inputs"].copy()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,7 +41,16 @@ MC = (
     *("--mc-train-wc-length", "25"),  # fewer would be gists throughout: nothing for the lens to compare
     *("--gistnet-layers", "1", "--lensnet-layers", "1"),
 )
-BASE = (*MC, "--mc-raw-share", "0.25", "--mc-curriculum-share", "0", "--mc-log-timers")  # two phases
+TOLD = ("--mc-log-timers", "--mc-train-report", "--mc-log-lod-ascii-val", "--mc-log-lod-ascii-train")
+BASE = (
+    *MC,
+    *TOLD,
+    "--mc-log-lens-debug",
+    "--mc-raw-share",
+    "0.25",
+    "--mc-curriculum-share",
+    "0",
+)  # two phases
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
 
@@ -96,6 +106,13 @@ def test_a_run_logs_what_its_working_contexts_do(trained):
     said = (trained / "said.txt").read_text()
     assert "nats above the raw context" in said
     assert said.count("Compiled the training step") == 2
+    strips = re.findall(r"(?:before focus|after|in training) ([.─═⊙]+)$", said, re.MULTILINE)
+    tokens = {len(strip) * 4 for strip in strips}
+    assert len(strips) == 3 + 3 + 2, said  # at three validations; the first phase is raw
+    assert tokens == {64, 56}  # a row, and the history before the horizon
+    assert all("─" in strip and strip.endswith("⊙⊙⊙") for strip in strips)
+    assert len(re.findall(r"scores of gists \(level:node\): 1:\d+ [+-]\d\.\d\d", said)) == 3
+    assert re.search(r"working contexts: .*delta_nll_h8 -?\d.*lens_loss \d", said)
     found = records(trained, "megacontext_base_d1")
     own = {name for record in found for name in record if name.startswith(("mc/", "val/delta"))}
     assert {name for name in own if not names.is_known(name)} == set()

@@ -5,33 +5,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from megacontext_jax.context.layout import Layout, spans, starts
 from megacontext_jax.eval.longcontext.columns import layouts
 from megacontext_jax.eval.longcontext.models import objective_for
 from megacontext_jax.eval.longcontext.tasks import Task
+from megacontext_jax.eval.strips import token_levels
 
 COLOURS = ("#2a6fbb", "#8cc0a8", "#e3a857", "#b5533c", "#6b4c8a")  # raw, level 1, 2, ...
-
-
-def token_levels(layout: Layout, block: int, tokens: int) -> np.ndarray:
-    """int [B, T]: the level at which each token is shown; -1 where it is not."""
-    level, valid = np.asarray(layout.level_BW), np.asarray(layout.valid_BW)
-    begin, span = np.asarray(starts(layout, block)), np.asarray(spans(layout.level_BW, block))
-    shown = np.full((level.shape[0], tokens), -1)
-    for b, w in zip(*np.nonzero(valid), strict=True):
-        shown[b, begin[b, w] : begin[b, w] + span[b, w]] = level[b, w]
-    return shown
-
-
-def ascii_strip(levels_T: np.ndarray, block: int, recent: int = 0) -> str:
-    """One character per block: raw `.`, level 1 `─`, 2 `═`, above `█`, hidden `X`, the raw tail `⊙`."""
-    marks = {-1: "X", 0: ".", 1: "─", 2: "═"}
-    tail = len(levels_T) - recent
-    strip = [
-        "⊙" if at + block > tail else marks.get(int(levels_T[at]), "█")
-        for at in range(0, len(levels_T), block)
-    ]
-    return "".join(strip)
 
 
 def draw_strips(strips: dict[str, np.ndarray], path: Path, *, title: str, facts=None) -> Path:
