@@ -241,8 +241,8 @@ class EvalConfig:
     eval_batch_size: int = option(50, "questions at a time", free=True)
     max_new_tokens: int = option(32, "longest answer, tokens", free=True)
     split_tokens: int = option(200_000, "tokens per split for bits per byte", free=True)
-    context_rows: int = option(256, "rows that judge working contexts, with --mc", free=True)
-    suite_steps: int = option(1500, "training steps of each tiny model of the long-context suite", free=True)
+    context_rows: int = option(1024, "rows that judge working contexts, with --mc", free=True)
+    suite_steps: int = option(2000, "training steps of each tiny model of the long-context suite", free=True)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,10 @@ def main(argv: list[str]) -> None:
 def working_contexts(config, model, mesh, name: str, batches) -> dict:
     """Differences in nats over the next H tokens under every view of the history, printed and as facts."""
     probe = Probe(
-        views_of(config, model.context, lenses=BASELINES), batches, mesh, rows=config.eval.context_rows
+        views_of(config, model.context, lenses=BASELINES, bos=model.tokenizer.bos),
+        batches,
+        mesh,
+        rows=config.eval.context_rows,
     )
     metrics = probe(model.params)
     runtime.print0(f"{name:<8} {probe.line(metrics)}")

@@ -27,6 +27,8 @@ from megacontext_jax.context.positions import entry_rope
 from megacontext_jax.eval.strips import ascii_strip, token_levels
 from megacontext_jax.model import loss
 
+INSIDE = "_inside"  # ends the name of a view: rows that lie inside one document alone
+
 
 @dataclass(frozen=True)
 class Views:
@@ -38,7 +40,7 @@ class Views:
     horizon: int
     lenses: tuple[str, ...] = ("learned",)
     iterations: int = 2
-    spare: float = 0.25  # share of the budget above the smallest context that is left to expansions
+    bos: int = -1  # token between documents: rows inside one document are then told apart
 
     def layouts(self, params, tables, ids_RT, key) -> dict:
         """{name: (layout of the history, statistics of the edits or None)}; ids are those of the history."""
@@ -58,7 +60,6 @@ class Views:
                 budget=self.budget,
                 lens=lens,
                 iterations=self.iterations,
-                spare=self.spare,
                 key=key,
             )
             shown[lens] = found.layout, found.stats
@@ -74,6 +75,7 @@ class Views:
         raw_RH = objective.nll(params, batch)[:, history:]
         counted_RH = targets_RT[:, history:] >= 0
         count_R = counted_RH.sum(-1)
+        inside_R = (ids_RT[:, 1:] != self.bos).all(1)
         found, stats = {}, {}
         for name, (layout, edits) in self.layouts(
             params, _up_to(tables, history, objective), ids_RT[:, :history], key
@@ -87,21 +89,17 @@ class Views:
             ahead_RH = layout.count_B[:, None] + jnp.arange(H)
             delta_RH = jnp.where(counted_RH, jnp.take_along_axis(nll_RW, ahead_RH, axis=1) - raw_RH, 0.0)
             found[name] = jnp.where(count_R > 0, delta_RH.sum(-1) / jnp.maximum(count_R, 1), jnp.nan)
+            if self.bos >= 0:
+                found[name + INSIDE] = jnp.where(inside_R, found[name], jnp.nan)
             if edits is not None:
                 stats[name] = edits
         return found, stats
-
-
-def _up_to(tables: tuple, tokens: int, objective) -> tuple:
-    """The part of level tables that the first tokens make."""
-    block = objective.context.block
-    return tuple(table[:, : tokens // block**level] for level, table in enumerate(tables))
 
     def look(self, params, ids_RT, key) -> "Seen":
         """The context of the first row before and after the first lens."""
         ids_RT = ids_RT[:1, : ids_RT.shape[1] - self.horizon]
         tables = self.objective.tables(params, ids_RT)
-        lens, options = self.lenses[0], {"iterations": self.iterations, "spare": self.spare}
+        lens = self.lenses[0]
         found = focus(
             self.objective,
             params,
@@ -110,11 +108,17 @@ def _up_to(tables: tuple, tokens: int, objective) -> tuple:
             self.allocator,
             budget=self.budget,
             lens=lens,
+            iterations=self.iterations,
             key=key,
-            **options,
         )
         score_RW = LENSES[lens](View(self.objective, params, tables, ids_RT, found.before, key))
         return Seen(found.before, found.layout, score_RW)
+
+
+def _up_to(tables: tuple, tokens: int, objective) -> tuple:
+    """The part of level tables that the first tokens make."""
+    block = objective.context.block
+    return tuple(table[:, : tokens // block**level] for level, table in enumerate(tables))
 
 
 class Seen(NamedTuple):
@@ -126,7 +130,7 @@ class Seen(NamedTuple):
 BASELINES = ("learned", "attention", "lexical", "random")
 
 
-def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = ()) -> Views:
+def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = (), bos: int = -1) -> Views:
     """As the configuration uses the model; without `lenses` that of --mc-lens alone."""
     opts, T, ctx = config.mc, objective.cfg.sequence_len, objective.context
     return Views(
@@ -136,6 +140,7 @@ def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = ()) 
         horizon=opts.mc_horizon,
         lenses=lenses or (opts.mc_lens,),
         iterations=setup.iterations(opts),
+        bos=bos,
     )
 
 
@@ -195,7 +200,8 @@ class Probe:
         for view, delta_R in deltas.items():
             if np.isfinite(delta_R).any():
                 out[f"{name}/{view}"] = float(np.nanmean(delta_R))
-                out[f"{name}/{view}_p95"] = float(np.nanquantile(delta_R, 0.95))
+                if not view.endswith(INSIDE):
+                    out[f"{name}/{view}_p95"] = float(np.nanquantile(delta_R, 0.95))
         lens = views.lenses[0]
         for metric, field in (
             ("swap_rate", "swap_rate_B"),
@@ -214,10 +220,18 @@ class Probe:
             for name, value in metrics.items()
             if name.startswith(prefix) and not name.endswith("_p95")
         }
-        words = ", ".join(f"{view} {value:+.4f}" for view, value in deltas.items())
+        words, inside = (
+            ", ".join(
+                f"{view.removesuffix(INSIDE)} {value:+.4f}"
+                for view, value in deltas.items()
+                if view.endswith(INSIDE) == apart
+            )
+            for apart in (False, True)
+        )
         return (
             f"nats above the raw context, {self.views.budget} entries: {words} | "
             f"swap rate {metrics['mc/swap_rate']:.3f}, budget used {metrics['mc/utilization']:.2f}"
+            + (f" | rows inside one document: {inside}" if inside else "")
         )
 
     def lines(self, metrics: dict) -> list[str]:
