@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
 def working_contexts(config, model, mesh, name: str, batches) -> dict:
     """Differences in nats over the next H tokens under every view of the history, printed and as facts."""
     probe = Probe(
-        views_of(config, model.context, lenses=BASELINES, bos=model.tokenizer.bos),
+        views_of(config, model.context, lenses=BASELINES),
         batches,
         mesh,
         rows=config.eval.context_rows,

@@ -27,8 +27,6 @@ from megacontext_jax.context.positions import entry_rope
 from megacontext_jax.eval.strips import ascii_strip, token_levels
 from megacontext_jax.model import loss
 
-INSIDE = "_inside"  # ends the name of a view: rows that lie inside one document alone
-
 
 @dataclass(frozen=True)
 class Views:
@@ -40,7 +38,6 @@ class Views:
     horizon: int
     lenses: tuple[str, ...] = ("learned",)
     iterations: int = 2
-    bos: int = -1  # token between documents: rows inside one document are then told apart
 
     def layouts(self, params, tables, ids_RT, key) -> dict:
         """{name: (layout of the history, statistics of the edits or None)}; ids are those of the history."""
@@ -75,7 +72,6 @@ class Views:
         raw_RH = objective.nll(params, batch)[:, history:]
         counted_RH = targets_RT[:, history:] >= 0
         count_R = counted_RH.sum(-1)
-        inside_R = (ids_RT[:, 1:] != self.bos).all(1)
         found, stats = {}, {}
         for name, (layout, edits) in self.layouts(
             params, _up_to(tables, history, objective), ids_RT[:, :history], key
@@ -89,8 +85,6 @@ class Views:
             ahead_RH = layout.count_B[:, None] + jnp.arange(H)
             delta_RH = jnp.where(counted_RH, jnp.take_along_axis(nll_RW, ahead_RH, axis=1) - raw_RH, 0.0)
             found[name] = jnp.where(count_R > 0, delta_RH.sum(-1) / jnp.maximum(count_R, 1), jnp.nan)
-            if self.bos >= 0:
-                found[name + INSIDE] = jnp.where(inside_R, found[name], jnp.nan)
             if edits is not None:
                 stats[name] = edits
         return found, stats
@@ -130,7 +124,7 @@ class Seen(NamedTuple):
 BASELINES = ("learned", "attention", "lexical", "random")
 
 
-def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = (), bos: int = -1) -> Views:
+def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = ()) -> Views:
     """As the configuration uses the model; without `lenses` that of --mc-lens alone."""
     opts, T, ctx = config.mc, objective.cfg.sequence_len, objective.context
     return Views(
@@ -140,7 +134,6 @@ def views_of(config, objective: ContextObjective, lenses: tuple[str, ...] = (), 
         horizon=opts.mc_horizon,
         lenses=lenses or (opts.mc_lens,),
         iterations=setup.iterations(opts),
-        bos=bos,
     )
 
 
@@ -200,8 +193,7 @@ class Probe:
         for view, delta_R in deltas.items():
             if np.isfinite(delta_R).any():
                 out[f"{name}/{view}"] = float(np.nanmean(delta_R))
-                if not view.endswith(INSIDE):
-                    out[f"{name}/{view}_p95"] = float(np.nanquantile(delta_R, 0.95))
+                out[f"{name}/{view}_p95"] = float(np.nanquantile(delta_R, 0.95))
         lens = views.lenses[0]
         for metric, field in (
             ("swap_rate", "swap_rate_B"),
@@ -220,18 +212,10 @@ class Probe:
             for name, value in metrics.items()
             if name.startswith(prefix) and not name.endswith("_p95")
         }
-        words, inside = (
-            ", ".join(
-                f"{view.removesuffix(INSIDE)} {value:+.4f}"
-                for view, value in deltas.items()
-                if view.endswith(INSIDE) == apart
-            )
-            for apart in (False, True)
-        )
+        words = ", ".join(f"{view} {value:+.4f}" for view, value in deltas.items())
         return (
             f"nats above the raw context, {self.views.budget} entries: {words} | "
             f"swap rate {metrics['mc/swap_rate']:.3f}, budget used {metrics['mc/utilization']:.2f}"
-            + (f" | rows inside one document: {inside}" if inside else "")
         )
 
     def lines(self, metrics: dict) -> list[str]:

@@ -72,7 +72,6 @@ METRICS: dict[str, str] = {
     # evaluation
     "val/bpb": "bits per byte of held-out text",
     "val/delta_nll_h{h}/{view}": "mean NLL of the next h tokens under a view of held-out history minus under the raw one",
-    "val/delta_nll_h{h}/{view}_inside": "the mean over rows that lie inside one document",
     "val/delta_nll_h{h}/{view}_p95": "95th percentile of that difference over sequences",
     "core_metric": "CORE: mean centred accuracy over its tasks",
     "centered_results": "centred accuracy of each task",
