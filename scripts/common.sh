@@ -11,12 +11,21 @@ find_uv() {
   else
     if [ ! -x .tools/uv/bin/uv ]; then
       say "Installing uv into .tools/ ..."
-      python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
+      "$(python_with_pip)" -m pip install --quiet --disable-pip-version-check --root-user-action=ignore \
         --target .tools/uv uv >&2 ||
         { say "error: pip could not install uv; install uv by hand and run this again."; return 1; }
     fi
     echo .tools/uv/bin/uv
   fi
+}
+
+# python_with_pip: the first python3 of the PATH that has pip; an active environment may have none.
+python_with_pip() {
+  local python
+  for python in $(type -aP python3); do
+    "$python" -m pip --version >/dev/null 2>&1 && break
+  done
+  echo "$python"
 }
 
 # setup_env [--python VERSION] [--dev]: afterwards `python` is the project's, with the test tools if --dev.
