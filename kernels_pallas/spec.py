@@ -48,9 +48,8 @@ class GistSpec:
         bounds = self.lower_bounds(end - 1)
         ranges = [Range(bounds[0], end)]
         for m in range(1, self.levels + 1):
-            stop = (
-                end if m <= level else bounds[m - 1]
-            )  # a gist query sees its own span on its own and finer levels
+            # a gist query sees its own span on its own and all finer levels
+            stop = end if m <= level else bounds[m - 1]
             ranges.append(Range(bounds[m] // self.block**m, stop // self.block**m))
         return ranges
 
