@@ -1,8 +1,8 @@
 """LensNet: a score in (-1, 1) for every entry of a working context; above 0 expand, below 0 collapse.
 
 Bidirectional blocks of the model over the entries, then what an entry is (level, span, distance to the cursor)
-beside what it holds, and how much the model itself looks at it. It begins as the last alone, the strongest of
-the lenses without training, and learns where that is wrong. Features belong to their row alone: a score does not depend on the other rows of a batch.
+beside what it holds, and how much the model itself looks at it. It begins as the last alone, the lens
+`attention`, and learns where that is wrong. Features belong to their row alone: a score does not depend on the other rows of a batch.
 """
 
 from dataclasses import dataclass

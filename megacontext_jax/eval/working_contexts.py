@@ -48,19 +48,22 @@ class Views:
             "gist": (seed_layout(R, T, self.budget, self.allocator), None),
         }
         for lens in self.lenses:
-            found = focus(
-                self.objective,
-                params,
-                tables,
-                ids_RT,
-                self.allocator,
-                budget=self.budget,
-                lens=lens,
-                iterations=self.iterations,
-                key=key,
-            )
+            found = self._focus(params, tables, ids_RT, lens, key)
             shown[lens] = found.layout, found.stats
         return shown
+
+    def _focus(self, params, tables, ids_RT, lens: str, key):
+        return focus(
+            self.objective,
+            params,
+            tables,
+            ids_RT,
+            self.allocator,
+            budget=self.budget,
+            lens=lens,
+            iterations=self.iterations,
+            key=key,
+        )
 
     def deltas(self, params, batch, key):
         """{view: nats per token [R] above the raw context, NaN in rows without a target}, and statistics by lens."""
@@ -94,17 +97,7 @@ class Views:
         ids_RT = ids_RT[:1, : ids_RT.shape[1] - self.horizon]
         tables = self.objective.tables(params, ids_RT)
         lens = self.lenses[0]
-        found = focus(
-            self.objective,
-            params,
-            tables,
-            ids_RT,
-            self.allocator,
-            budget=self.budget,
-            lens=lens,
-            iterations=self.iterations,
-            key=key,
-        )
+        found = self._focus(params, tables, ids_RT, lens, key)
         score_RW = LENSES[lens](View(self.objective, params, tables, ids_RT, found.before, key))
         return Seen(found.before, found.layout, score_RW)
 

@@ -92,6 +92,17 @@ def whole(params, batch):
     return [step(params, tokens_of(3, seed), jax.random.key(seed)) for seed in (0, 1)]
 
 
+def test_variants_by_recency_are_the_layout_of_use(params, batch):
+    """With a share of 1 every variant has as many entries of each level as the context that is used."""
+    by_recency = objective_of(mixture=replace(MIXTURE, recency_share=1.0, lens_weight=0.0))
+    _, (_, stats) = jit(by_recency.loss)(params, batch, jax.random.key(0))
+    used = compress(
+        jax.random.key(9), 1, T, WIDTH, block=K, levels=2, recent=RECENT, oldest_first=True
+    ).layout
+    wanted_L = [(np.asarray(used.level_BW) == level).sum() for level in range(3)]
+    assert (np.asarray(stats["entries_BNL"]) == wanted_L).all()
+
+
 def test_the_dtype_of_the_small_networks_is_their_own(objective, params):
     """--mc-aux-dtype: gists rounded like bfloat16, kept in the model's dtype; the tokens are not touched."""
     ids_BT = tokens_of(2)["inputs"]
