@@ -12,7 +12,7 @@ from functools import cached_property, partial
 import jax
 import jax.numpy as jnp
 
-from megacontext_jax.context import gistnet, lens_loss, lensnet, metrics
+from megacontext_jax.context import forecast, gistnet, lens_loss, lensnet, metrics
 from megacontext_jax.context.entries import layout_entries, pick
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import compress, last_tokens, spans, starts
@@ -20,7 +20,7 @@ from megacontext_jax.context.lens_loss import LensLoss
 from megacontext_jax.context.lensnet import LensConfig
 from megacontext_jax.context.looks import QUERIES, attention_mass
 from megacontext_jax.context.positions import alibi_bias
-from megacontext_jax.context.tree import build_levels, gather
+from megacontext_jax.context.tree import gather, gist_levels
 from megacontext_jax.model import gpt, loss
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import biased_attention
@@ -85,20 +85,9 @@ class ContextObjective:
 
     def tables(self, params, ids_BT):
         """Level tables of a batch: embeddings, then gists."""
+        ctx = self.context
         e_BTC = self.base.place(gpt.embed(params, ids_BT, self.base.dtype))
-
-        def encode(x_NKC):
-            gist_NC = gistnet.encode(params["gistnet"], self.context.gist, x_NKC.astype(self._aux))
-            return gist_NC.astype(x_NKC.dtype)
-
-        # inside its block a token is smeared as in the model; a gist depends on the tokens of its block alone
-        return build_levels(
-            encode,
-            e_BTC,
-            self.context.block,
-            self.context.levels,
-            lambda x_NKC: gpt.smear(params, x_NKC, gpt.shift_right(x_NKC)),
-        )
+        return gist_levels(params, ctx.gist, ctx.levels, e_BTC, self._aux)
 
     @property
     def queries(self) -> int:
@@ -215,10 +204,7 @@ class ContextObjective:
         return weight * total, (weight, jax.lax.stop_gradient(stats))
 
     def _regression(self, params, tables, layout, x_RWC, key):
-        """1 - cosine between forecasts of the next gist and that gist, from a sample of the gist entries.
-
-        The forecast is the embedding that the next-token distribution at the gist expects (MegaPrediction).
-        """
+        """Loss of forecasts of the next gist, from a sample of the gist entries."""
         cfg = self.cfg
         R, W = layout.level_BW.shape
         nodes_L = jnp.asarray([table.shape[1] for table in tables])
@@ -229,16 +215,11 @@ class ContextObjective:
         known_RP = jnp.take_along_axis(known_RW, at_RP, axis=1)
         level_RP = jnp.take_along_axis(level_RW, at_RP, axis=1)
         node_RP = jnp.where(known_RP, jnp.take_along_axis(next_RW, at_RP, axis=1), 0)
-        target_RPC = jax.lax.stop_gradient(
-            gather(tables, layout._replace(level_BW=level_RP, node_BW=node_RP))
-        )
+        target_RPC = gather(tables, layout._replace(level_BW=level_RP, node_BW=node_RP))
         h_RPC = jnp.take_along_axis(x_RWC, at_RP[..., None], axis=1)
-        logits_RPV = loss.capped_logits(h_RPC, params["lm_head"], cfg.logit_cap, cfg.vocab_size)
-        embedding_VC = gpt.rms_norm(params["wte"][: cfg.vocab_size].astype(x_RWC.dtype))
-        expected_RPC = jax.nn.softmax(logits_RPV).astype(x_RWC.dtype) @ embedding_VC
-        cosine_RP = _cosine(expected_RPC, target_RPC)
-        weight_RP = known_RP * jnp.where(level_RP > 1, 0.5, 1.0)
-        return (weight_RP * (1 - cosine_RP)).sum() / jnp.maximum(weight_RP.sum(), 1.0)
+        loss_RP = forecast.forecast_loss(params, cfg, h_RPC, target_RPC)
+        weight_RP = known_RP * forecast.level_weight(level_RP)
+        return (weight_RP * loss_RP).sum() / jnp.maximum(weight_RP.sum(), 1.0)
 
     def _lens(self, params, tables, cut, mass_RW, delta_BN, usable_BN):
         mix, ctx = self.mixture, self.context
@@ -315,12 +296,6 @@ def init_context(ctx: ContextConfig, key) -> dict:
 
 def _lens_positions(kind: str) -> str:
     return "gaussian" if kind == "gaussian_alibi" else kind
-
-
-def _cosine(a, b):
-    a, b = (x.astype(jnp.float32) for x in (a, b))
-    norms = jnp.sqrt(jnp.square(a).sum(-1) * jnp.square(b).sum(-1) + 1e-12)
-    return (a * b).sum(-1) / norms
 
 
 def _mean(x, mask):

@@ -2,7 +2,10 @@
 
 import jax.numpy as jnp
 
+from megacontext_jax.context import gistnet
+from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import Layout
+from megacontext_jax.model import gpt
 
 
 def build_levels(encode, e_BTC, block: int, levels: int, prepare=lambda x_NKC: x_NKC) -> tuple:
@@ -22,6 +25,21 @@ def build_levels(encode, e_BTC, block: int, levels: int, prepare=lambda x_NKC: x
         blocks = prepare(blocks) if level == 0 else blocks
         tables.append(encode(blocks).reshape(B, whole, C))
     return tuple(tables)
+
+
+def gist_levels(params, cfg: GistConfig, levels: int, e_BTC, dtype=None) -> tuple:
+    """Level tables of normed embeddings by the GistNet of the parameters, which runs in `dtype`.
+
+    Inside its block a token is smeared as in the model; a gist depends on the tokens of its block alone.
+    """
+
+    def encode(x_NKC):
+        gist_NC = gistnet.encode(params["gistnet"], cfg, x_NKC.astype(dtype or x_NKC.dtype))
+        return gist_NC.astype(x_NKC.dtype)
+
+    return build_levels(
+        encode, e_BTC, cfg.block, levels, lambda x_NKC: gpt.smear(params, x_NKC, gpt.shift_right(x_NKC))
+    )
 
 
 def gather(tables: tuple, layout: Layout):

@@ -7,7 +7,11 @@ both. A new generation is a new row, not a new branch.
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
+import numpy as np
+
+from kernels_pallas import GistSpec
 from megacontext_jax.errors import UserError
 
 
@@ -50,6 +54,8 @@ class Arch:
 
 SMEAR_CHANNELS = 24  # of the embedding, read by the smear gate
 VOCAB_TILE = 64  # embedding and head are padded to a multiple of this
+ATTENTIONS = ("dense", "sliding", "gist")
+GIST_POSITIONS = ("gaussian", "plain")
 
 # nanochat's generations, each by what changed; in brackets the commit of karpathy/nanochat it was read from.
 # October 2025 to 11 January 2026 (adb5d4a).
@@ -123,8 +129,23 @@ class GPTConfig:
     n_embd: int = 768
     window_pattern: str = "L"  # S (short) and L (all) tiled over the layers
     softcap: float = 0.0  # 0: the architecture's
+    attention: str = "dense"  # who sees whom: dense, or as below
+    # the pattern of gist attention (`GistSpec`); sliding: as many tokens back as its queries see rows
+    gist_block: int = 32
+    gist_window: int = 256
+    gist_mid_spans: int = 1
+    gist_levels: int = 2
+    gist_positions: str = "gaussian"  # of gist rows: phases damped by the span, or plain
 
     def __post_init__(self):
+        for flag, value, known in (
+            ("attention", self.attention, ATTENTIONS),
+            ("gist-positions", self.gist_positions, GIST_POSITIONS),
+        ):
+            if value not in known:
+                raise UserError(f"--{flag} does not take {value!r}; choose one of {', '.join(known)}.")
+        if self.attention != "dense":
+            self._check_pattern()
         if self.arch not in ARCHS:
             raise UserError(f"Unknown architecture {self.arch!r}; choose one of {', '.join(ARCHS)}.")
         if self.n_embd % self.n_head or self.head_dim % 2:
@@ -140,6 +161,26 @@ class GPTConfig:
             )
         if self.softcap < 0:
             raise UserError(f"--softcap {self.softcap} must be positive (0 takes the architecture's).")
+
+    def _check_pattern(self):
+        try:
+            _ = self.gist_spec
+        except ValueError as error:
+            raise UserError(f"--attention {self.attention}: {error}") from None
+        if "S" in self.window_pattern.upper():
+            raise UserError(
+                f"--attention {self.attention} is the pattern of every layer; leave --window-pattern "
+                f"{self.window_pattern} out, or set it to L."
+            )
+
+    @cached_property
+    def gist_spec(self) -> GistSpec:
+        return GistSpec(self.gist_block, self.gist_window, self.gist_mid_spans, self.gist_levels)
+
+    def keys_per_token(self) -> np.ndarray:
+        """Rows [sequence_len] that each token's query sees in gist attention, itself included."""
+        ranges = self.gist_spec.key_ranges(0, np.arange(self.sequence_len))
+        return sum(stop - start for start, stop in ranges)
 
     @property
     def constants(self) -> Arch:
@@ -160,6 +201,8 @@ class GPTConfig:
 
     def windows(self) -> tuple[int, ...]:
         """Per layer, how many tokens back a query sees besides itself; `sequence_len` where that is all."""
+        if self.attention == "sliding":
+            return (min(self.sequence_len, int(self.keys_per_token().max()) - 1),) * self.n_layer
         divisor, tile = self.constants.short_divisor, self.constants.short_tile
         S, pattern = self.sequence_len, self.window_pattern.upper()
         short = _round_up(-(-S // divisor), tile) if tile else S // divisor
@@ -233,7 +276,9 @@ class GPTConfig:
         return counts | {"total": sum(counts.values())}
 
     def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per weight that multiplies, 12 per attention entry (nanochat)."""
+        """Training FLOPs per token: 6 per weight that multiplies, 12 per attention entry (nanochat).
+
+        With gist attention this is the dense model's, over the tokens alone (`GistRows` counts what it does)."""
         n = self.num_params()
         gate = math.prod(self.param_shapes().get("smear_gate", (0,)))
         attention = sum(12 * self.n_embd * min(window, self.sequence_len) for window in self.windows())
