@@ -118,7 +118,8 @@ def test_a_sequence_shorter_than_a_block(ids_BT):
     params = objective.init(jax.random.key(0))
     batch = {name: x[:, :3] for name, x in batch_of(ids_BT).items()}
     loss, (weight, stats) = objective.loss(params, batch, jax.random.key(0))
-    assert jnp.isfinite(loss) and weight == 6
+    assert jnp.isfinite(loss)
+    assert weight == 6
     assert jnp.isnan(objective.summarise(jax.tree.map(lambda x: x[None], stats))["mc/gist_regression_loss"])
 
 
@@ -133,7 +134,8 @@ def test_work_is_counted():
 def test_sliding_has_the_budget_of_gist_attention():
     sliding = replace(CFG, attention="sliding")
     window = sliding.windows()
-    assert len(set(window)) == 1 and len(window) == CFG.n_layer
+    assert len(set(window)) == 1
+    assert len(window) == CFG.n_layer
     assert window[0] + 1 == CFG.keys_per_token().max() < T // 2
 
 
