@@ -40,7 +40,14 @@ class RunConfig:
         "activations: auto = bfloat16 on GPUs, float32 on CPUs",
         choices=("auto", "float32", "bfloat16"),
     )
-    attention_impl: str = option("auto", "auto, blocked, cudnn, xla or reference", free=True)
+    attention_impl: str = option(
+        "auto",
+        "auto, blocked, cudnn, xla or reference; with --attention gist auto, mosaic_gpu, xla or reference",
+        free=True,
+    )
+    require_fused: bool = option(
+        False, "gist attention: an error where no fused kernel runs, instead of the XLA path", free=True
+    )
     remat: str = option("none", "recompute in the backward pass", free=True, choices=("none", "dots", "full"))
     data_axis: int = option(-1, "devices along the data axis; -1 = the rest", free=True)
     fsdp_axis: int = option(1, "devices that share parameters and optimiser state", free=True)
@@ -91,6 +98,16 @@ class ModelConfig:
         "", "S (short window) and L (long) over the layers; empty = the architecture's"
     )
     softcap: float = option(0.0, "cap of the logits; 0 = the architecture's")
+    attention: str = option(
+        "",
+        "who sees whom: dense, sliding or gist; empty = as the model was trained, dense for a new one",
+        choices=("", "dense", "sliding", "gist"),
+    )
+    gist_window: int = option(256, "gist attention: tokens before its own block that a token sees as tokens")
+    gist_mid_spans: int = option(1, "gist attention: spans of the next level still shown in a level's detail")
+    gist_levels: int = option(2, "gist attention: levels above the tokens; --block-size tokens make a gist")
+    gist_positions: str = option("gaussian", "gist attention: phases damped by the span, or plain")
+    gist_site: str = option("kv", "gists in every layer (kv), or in flat working contexts: that is --mc")
 
 
 @dataclass(frozen=True)
@@ -169,7 +186,12 @@ class MegaContextConfig:
     mc_horizon: int = option(32, "H: tokens ahead over which differences in nats are reported")
     mc_gist_delta_weight: float = option(0.0, "extra weight of contexts that do worse than the raw one")
     mc_gist_token_weight: float = option(0.0, "weight of what gists predict, beside raw tokens")
-    mc_gist_regression_weight: float = option(0.02, "weight of forecasts of the next gist")
+    mc_gist_regression_weight: float = option(
+        0.02, "weight of forecasts of the next gist (also with --attention gist)"
+    )
+    gist_raw_share: float = option(
+        0.5, "--attention gist: share of the micro-batches that see everything as tokens"
+    )
     mc_lens_loss_weight: float = option(0.1, "weight of LensNet's loss")
     mc_lens_rank_weight: float = option(0.5, "lens: expansions above collapses")
     mc_lens_budget_weight: float = option(0.1, "lens: expansions and collapses in balance")

@@ -9,6 +9,7 @@ Nothing is computed or written.
 from megacontext_jax.checkpoints.runs import unused_tag
 from megacontext_jax.cli import parse, run_main
 from megacontext_jax.config import STAGES
+from megacontext_jax.context import row_setup
 from megacontext_jax.errors import UserError
 from megacontext_jax.telemetry import hardware
 from megacontext_jax.telemetry.progress import format_quantity
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
             f"This recipe needs {needed} GPU(s) of {config.run.min_device_memory_gb} GB and this machine has "
             f"{len(fitting)}; --dry-run prints its plan, run10.sh --gpu cpu trains here."
         )
-    cfg = model_of(config)
+    cfg, _ = row_setup.pattern(config, model_of(config))
     devices = needed if accelerated else 1
     width = 2 if accelerated and config.run.compute_dtype != "float32" else 4
     n = cfg.num_params()
@@ -43,6 +44,8 @@ def main(argv: list[str]) -> None:
     )
     print(f"vocabulary {cfg.vocab_size:,}, {cfg.sequence_len:,} tokens per row")
     print(f"       {n['total']:,} parameters, {cfg.flops_per_token():,} training FLOPs per token")
+    if cfg.attention != "dense":
+        print(f"       {row_setup.describe(cfg)}; with gists FLOPs and memory below are the dense model's")
     if config.run.mc:
         mc = config.mc
         print(

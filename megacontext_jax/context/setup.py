@@ -1,17 +1,19 @@
 """From the options of --mc to the parts of a model and the phases of its training."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from megacontext_jax.config import MegaContextConfig
 from megacontext_jax.context.allocator import AllocatorConfig
-from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.context.gistnet import GistConfig, init_gistnet
 from megacontext_jax.context.layout import fewest_entries, reachable_width
 from megacontext_jax.context.lens_loss import LensLoss
 from megacontext_jax.context.lensnet import LensConfig
-from megacontext_jax.context.objective import ContextConfig, ContextObjective, Mixture
+from megacontext_jax.context.objective import ContextConfig, ContextObjective, Mixture, init_context
 from megacontext_jax.context.positions import check_kind
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
@@ -42,13 +44,7 @@ def context_config(opts: MegaContextConfig, model: GPTConfig) -> ContextConfig:
     """The MegaContext parts of a new model."""
     if opts.mc_levels < 1:
         raise UserError(f"--mc-levels {opts.mc_levels} must be at least 1.")
-    gist = GistConfig(
-        _blocks(model, opts.gistnet_layers, "gistnet"),
-        block=opts.block_size,
-        kind=opts.gistnet_type,
-        pooling=opts.gistnet_pooling,
-        head="none" if opts.gistnet_type == "mean" else opts.gistnet_head,
-    )
+    gist = gist_config(opts, model)
     lens = LensConfig(
         _blocks(model, opts.lensnet_layers, "lensnet"),
         block=opts.block_size,
@@ -56,6 +52,17 @@ def context_config(opts: MegaContextConfig, model: GPTConfig) -> ContextConfig:
         max_level=opts.mc_levels,
     )
     return ContextConfig(gist, lens, opts.mc_levels, check_kind(opts.positional_type))
+
+
+def gist_config(opts: MegaContextConfig, model: GPTConfig) -> GistConfig:
+    """The GistNet of a new model."""
+    return GistConfig(
+        _blocks(model, opts.gistnet_layers, "gistnet"),
+        block=opts.block_size,
+        kind=opts.gistnet_type,
+        pooling=opts.gistnet_pooling,
+        head="none" if opts.gistnet_type == "mean" else opts.gistnet_head,
+    )
 
 
 def _blocks(model: GPTConfig, layers: int, name: str) -> GPTConfig:
@@ -77,9 +84,36 @@ def to_dict(ctx: ContextConfig) -> dict:
 
 
 def from_dict(tree: dict) -> ContextConfig:
-    gist, lens = (dict(tree[name]) for name in ("gist", "lens"))
-    gist["gpt"], lens["gpt"] = GPTConfig(**gist["gpt"]), GPTConfig(**lens["gpt"])
-    return ContextConfig(GistConfig(**gist), LensConfig(**lens), tree["levels"], tree["positions"])
+    lens = dict(tree["lens"])
+    lens["gpt"] = GPTConfig(**lens["gpt"])
+    return ContextConfig(gist_from_dict(tree["gist"]), LensConfig(**lens), tree["levels"], tree["positions"])
+
+
+def gist_from_dict(tree: dict) -> GistConfig:
+    return GistConfig(**(tree | {"gpt": GPTConfig(**tree["gpt"])}))
+
+
+def saved_context(meta: dict) -> ContextConfig | None:
+    """GistNet and LensNet of a checkpoint trained with --mc."""
+    return from_dict(meta["context_config"]) if meta.get("context_config") else None
+
+
+def saved_gist(meta: dict) -> GistConfig | None:
+    """GistNet of a checkpoint, if it has one."""
+    context = saved_context(meta)
+    if context:
+        return context.gist
+    return gist_from_dict(meta["gist_config"]) if meta.get("gist_config") else None
+
+
+def saved_shapes(meta: dict) -> dict:
+    """Shapes of the parameters that a checkpoint has beside the base model's."""
+    context, gist = saved_context(meta), saved_gist(meta)
+    if context:
+        return jax.eval_shape(partial(init_context, context), jax.random.key(0))
+    if gist:
+        return {"gistnet": jax.eval_shape(partial(init_gistnet, gist), jax.random.key(0))}
+    return {}
 
 
 def recent_tokens(opts: MegaContextConfig, seq_len: int) -> int:

@@ -1,7 +1,6 @@
 """A trained model from a checkpoint, ready to evaluate or to talk to."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,8 +12,10 @@ from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step
 from megacontext_jax.config import Config
+from megacontext_jax.context import row_setup
 from megacontext_jax.context import setup as context_setup
-from megacontext_jax.context.objective import ContextObjective, init_context
+from megacontext_jax.context.gist_rows import GistRows
+from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.context_model import ContextDecoder, context_model
@@ -28,7 +29,7 @@ from megacontext_jax.model.objective import Objective, abstract_params, make_obj
 class LoadedModel:
     """`context` is there with --mc, and the parameters then hold GistNet and LensNet."""
 
-    objective: Objective
+    objective: Objective | GistRows
     params: dict
     tokenizer: Tokenizer
     folder: Path
@@ -57,19 +58,33 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
             f"{folder.name} was trained without --mc and has no GistNet; leave --mc out, or go on with mid_train "
             "--mc or chat_sft --mc, which begin one."
         )
+    cfg, note = row_setup.pattern(config, cfg, folder.name)
+    if note:
+        runtime.print0(f"Note: {note}")
+    gist = context_setup.saved_gist(meta)
+    if cfg.attention == "gist" and not gist:
+        raise UserError(
+            f"{folder.name} was trained without gists and has no GistNet; leave --attention gist out, or go on with "
+            "mid_train --attention gist or chat_sft --attention gist, which begin one."
+        )
     objective = make_objective(
-        cfg, attention_impl=config.run.attention_impl, dtype=runtime.compute_dtype(config.run)
+        cfg,
+        attention_impl=row_setup.dense_implementation(config, cfg),
+        dtype=runtime.compute_dtype(config.run),
+        mesh=mesh,
     )
-    parts = context_setup.from_dict(saved) if saved else None
-    shapes = abstract_params(cfg)
-    if parts:
-        shapes |= jax.eval_shape(partial(init_context, parts), jax.random.key(0))
+    parts = context_setup.saved_context(meta)
+    shapes = abstract_params(cfg) | context_setup.saved_shapes(meta)
     template = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         shapes,
         meshes.param_shardings(mesh, shapes),
     )
     params = load_params(folder, step, template)
+    if cfg.attention == "gist":
+        rows = row_setup.objective(config, objective, row_setup.gist_config(config, cfg, gist))
+        params = {name: x for name, x in params.items() if name != "lensnet"}
+        return LoadedModel(rows, params, tokenizer, folder, step)
     if not config.run.mc:
         base = {name: x for name, x in params.items() if name not in ("gistnet", "lensnet")}
         return LoadedModel(objective, base, tokenizer, folder, step)

@@ -1,6 +1,7 @@
 """The three training stages: which data, which loss, how long. `prepare` decides everything before any work."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,9 @@ from megacontext_jax.checkpoints.contents import load_tokenizer
 from megacontext_jax.checkpoints.restore import load_params, read_meta
 from megacontext_jax.checkpoints.runs import find_run, latest_step, run_folder, unused_tag
 from megacontext_jax.config import SOURCE_STAGES, Config, fixed_options
+from megacontext_jax.context import row_setup
 from megacontext_jax.context import setup as context_setup
+from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.objective import ContextConfig, init_context
 from megacontext_jax.data import sources
 from megacontext_jax.data.conversations import (
@@ -69,23 +72,30 @@ def prepare(config: Config, stage: str) -> Setup:
     else:
         data = chat_data(config, stage, layout)
 
+    model, note = row_setup.pattern(config, model, source.name if source else "")
+    if note:
+        print0(f"Note: {note}")
     num_iterations = horizon(stage, opts, model, data.epoch_tokens, rows * seq_len)
     dtype = runtime.compute_dtype(run)
     objective = make_objective(
-        model, attention_impl=run.attention_impl, dtype=dtype, remat=run.remat, mesh=mesh
+        model,
+        attention_impl=row_setup.dense_implementation(config, model),
+        dtype=dtype,
+        remat=run.remat,
+        mesh=mesh,
     )
     model, objective = settle_windows(config, model, objective, fixed=source is not None)
-    source_context = None if source is None else meta.get("context_config")
-    parts = context_parts(config, model, source_context)
-    if parts is None:
-        phases = [Phase(0, objective)]
-        if source_context:
-            print0(f"Note: {source.name} has GistNet and LensNet; without --mc this stage leaves them out.")
+    source_meta = {} if source is None else meta
+    parts = context_parts(config, model, source_meta)
+    if parts is not None:
+        had_context = context_setup.saved_context(source_meta) is not None
+        phases = context_setup.phases(config.mc, objective, parts, num_iterations, shrink=not had_context)
+    elif model.attention == "gist":
+        gist = row_setup.gist_config(config, model, context_setup.saved_gist(source_meta))
+        phases = [Phase(0, row_setup.objective(config, objective, gist))]
     else:
-        phases = context_setup.phases(
-            config.mc, objective, parts, num_iterations, shrink=source_context is None
-        )
-    trained = phases[-1].objective
+        phases = [Phase(0, objective)]
+    trained, gists = phases[-1].objective, run.mc or model.attention == "gist"
     recipe = RECIPES[opts.optimizer]
     schedule = schedules(opts, recipe, num_iterations, first_stage=source is None)
     optimizer = make_optimizer(
@@ -96,7 +106,7 @@ def prepare(config: Config, stage: str) -> Setup:
         weight_decay=scale.weight_decay,
         ns_dtype=dtype,
         constrain=meshes.deal_matrices(mesh),
-        context=parts is not None,
+        context=gists,
         freeze_base=parts is not None and config.mc.mc_freeze_base,
     )
     identity = {
@@ -108,7 +118,7 @@ def prepare(config: Config, stage: str) -> Setup:
         "source": source and f"{source.name} at step {source_step}",
         "compute_dtype": dtype.name,
         "run": {"mc": run.mc},
-        "mc": fixed_options(config.mc) if run.mc else {},
+        "mc": fixed_options(config.mc) if gists else {},
     }
     n = model.num_params()
     facts = {
@@ -130,6 +140,7 @@ def prepare(config: Config, stage: str) -> Setup:
         "compute dtype": dtype.name,
         "Attention": f"{objective.attention.name} ({objective.attention.why})",
         **({} if parts is None else context_facts(phases, model)),
+        **(row_facts(trained) if model.attention == "gist" else {}),
     }
     width = max(map(len, facts))
     print0(f"--- {folder.name} ---")
@@ -162,18 +173,22 @@ def prepare(config: Config, stage: str) -> Setup:
             "data": fixed_options(Config().data),
             "model": GPTConfig().to_dict(),
             "run": {"mc": False},
-            "mc": fixed_options(Config().mc) if run.mc else {},
+            "mc": fixed_options(Config().mc) if gists else {},
         },
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest}
-        | ({} if parts is None else {"context_config": context_setup.to_dict(parts)}),
-        start_params=source and partial(start_from, source, source_step, source_context, parts, run.seed),
+        | ({} if parts is None else {"context_config": context_setup.to_dict(parts)})
+        | ({"gist_config": asdict(trained.gist)} if model.attention == "gist" else {}),
+        start_params=source
+        and partial(
+            start_from, source, source_step, context_setup.saved_shapes(meta), trained.init, run.seed
+        ),
         probe=None
         if parts is None or config.mc.mc_disable_val
         else Probe(
             views_of(config, trained), data.validation["val/bpb"], mesh, detail=probe_detail(config.mc)
         ),
         sample=partial(draw_samples, objective, tokenizer, data.prompts)
-        if jax.process_count() == 1
+        if jax.process_count() == 1 and model.attention != "gist"
         else None,
         facts=facts,
     )
@@ -189,13 +204,16 @@ def probe_detail(opts) -> Detail:
     )
 
 
-def context_parts(config: Config, model: GPTConfig, saved: dict | None) -> ContextConfig | None:
+def context_parts(config: Config, model: GPTConfig, source_meta: dict) -> ContextConfig | None:
     """GistNet and LensNet of this stage: those of the run it starts from, or new ones; None without --mc."""
+    saved = context_setup.saved_context(source_meta)
     if not config.run.mc:
+        if saved and model.attention != "gist":
+            print0("Note: the run before has GistNet and LensNet; without --mc this stage leaves them out.")
         return None
     for flag in context_setup.without_effect(config.mc):
         print0(f"Note: {flag} has no effect in this version.")
-    parts = context_setup.from_dict(saved) if saved else context_setup.context_config(config.mc, model)
+    parts = saved or context_setup.context_config(config.mc, model)
     if context_setup.nothing_to_choose(config.mc, parts, model.sequence_len):
         print0(
             "Note: at the final width of the working contexts there is only one way to lay a row out, so LensNet "
@@ -205,30 +223,39 @@ def context_parts(config: Config, model: GPTConfig, saved: dict | None) -> Conte
 
 
 def start_from(
-    source: Path,
-    step: int,
-    saved_context: dict | None,
-    new_context: ContextConfig | None,
-    seed: int,
-    template,
+    source: Path, step: int, saved_shapes: dict, init: Callable, seed: int, template: dict
 ) -> dict:
     """Parameters of the stage before on the shapes and shardings of `template`.
 
-    What it has and the template lacks is left out; GistNet and LensNet that it lacks begin as new ones.
+    What it has and the template lacks is left out. `saved_shapes` are those of its GistNet and LensNet; the ones
+    that it lacks begin as `init(key)` makes them.
     """
-    wanted = {name: x for name, x in template.items() if name not in ("gistnet", "lensnet")}
-    parts = context_setup.from_dict(saved_context) if saved_context else None
-    if parts is not None:
-        shapes = jax.eval_shape(partial(init_context, parts), jax.random.key(0))
-        wanted |= {name: template.get(name, shapes[name]) for name in shapes}
+    parts = ("gistnet", "lensnet")
+    wanted = {name: x for name, x in template.items() if name not in parts}
+    wanted |= {name: template.get(name, saved_shapes[name]) for name in saved_shapes}
     params = load_params(source, step, wanted)
-    if "gistnet" in template and parts is None:
-        print0(f"{source.name} has no GistNet and LensNet; they begin here.")
-        shardings = {
-            name: jax.tree.map(lambda x: x.sharding, template[name]) for name in ("gistnet", "lensnet")
-        }
-        params |= jax.jit(partial(init_context, new_context), out_shardings=shardings)(jax.random.key(seed))
+    new = [name for name in parts if name in template and name not in params]
+    if new:
+        names = {"gistnet": "GistNet", "lensnet": "LensNet"}
+        print0(f"{source.name} has no {' and '.join(names[name] for name in new)}; they begin here.")
+        shardings = {name: jax.tree.map(lambda x: x.sharding, template[name]) for name in new}
+        begin = jax.jit(lambda key: {name: init(key)[name] for name in new}, out_shardings=shardings)
+        params |= begin(jax.random.key(seed))
     return {name: params[name] for name in template}
+
+
+def row_facts(rows: GistRows) -> dict:
+    """Lines for the start and the report."""
+    size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(rows.init, jax.random.key(0))["gistnet"]))
+    keys = rows.cfg.keys_per_token()
+    return {
+        "Attention": f"{row_setup.describe(rows.cfg)}, {rows.implementation}",
+        "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
+        "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
+        "Dense micro-batches": f"{100 * rows.mixture.raw_share:.0f} %, attention {rows.base.attention.name}",
+        "FLOPs per token with gists": f"{rows.flops_per_token:,.0f}, "
+        f"{rows.flops_per_token / rows.cfg.flops_per_token():.2f} times dense",
+    }
 
 
 def context_facts(phases: list, model: GPTConfig) -> dict:
@@ -270,6 +297,9 @@ def settle_windows(config: Config, model: GPTConfig, objective: Objective, *, fi
     if objective.attention.windowed or min(model.windows()) >= model.sequence_len:
         return model, objective
     why = f"attention {objective.attention.name} has no windowed kernel"
+    if model.attention == "sliding":
+        print0(f"Note: {why}: the sliding window is a mask over full attention and saves no time.")
+        return model, objective
     if fixed or config.model.window_pattern:
         print0(
             f"Note: {why}: the windows {model.window_pattern} are a mask over full attention and save no time."

@@ -1,0 +1,94 @@
+"""From options to a model with gist attention: its pattern, its GistNet, its objective."""
+
+from dataclasses import replace
+
+from kernels_pallas import Refused
+from kernels_pallas.api import choose
+from megacontext_jax.config import Config
+from megacontext_jax.context import setup
+from megacontext_jax.context.gist_rows import GistRows, RowMixture
+from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.errors import UserError
+from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.objective import Objective
+
+
+def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPTConfig, str]:
+    """The model under the pattern that --attention asks for, and a sentence where that is not its own.
+
+    `trained_as` is the name of the run that a model comes from; without it the model is a new one.
+    """
+    m = config.model
+    if m.gist_site != "kv":
+        raise UserError(
+            f"--gist-site {m.gist_site} does not name a kind of gist attention: kv has gists in every layer; flat "
+            "working contexts of embeddings are what --mc trains."
+        )
+    if m.gist_positions == "rank":
+        raise UserError(
+            "--gist-positions rank counts what one query sees, and in gist attention every query sees something "
+            "else; use gaussian or plain, or --mc --positional-type rank."
+        )
+    asked = model
+    if m.attention:
+        asked = replace(model, attention=m.attention)
+    if m.attention in ("sliding", "gist"):
+        asked = replace(
+            asked,
+            gist_block=config.mc.block_size,
+            gist_window=m.gist_window,
+            gist_mid_spans=m.gist_mid_spans,
+            gist_levels=m.gist_levels,
+            gist_positions=m.gist_positions,
+        )
+    if config.run.mc and asked.attention != "dense":
+        raise UserError(
+            f"--mc shows the past in flat working contexts, {asked.attention} attention inside every layer; choose one: "
+            "leave --mc out, or set --attention dense."
+        )
+    note = ""
+    if trained_as and asked != model:
+        note = f"{trained_as} was trained with {describe(model)}; here it runs with {describe(asked)}."
+    elif trained_as and asked.attention != "dense":
+        note = f"{trained_as} has {describe(asked)}."
+    return asked, note
+
+
+def describe(model: GPTConfig) -> str:
+    if model.attention == "dense":
+        return "dense attention"
+    if model.attention == "sliding":
+        return f"sliding attention over {model.windows()[0] + 1} tokens"
+    return (
+        f"gist attention (blocks of {model.gist_block}, window {model.gist_window}, {model.gist_mid_spans} middle "
+        f"span(s), {model.gist_levels} level(s), {model.gist_positions} positions)"
+    )
+
+
+def dense_implementation(config: Config, model: GPTConfig) -> str:
+    """What --attention-impl means for dense attention: with gist attention it names that of the gists."""
+    return "auto" if model.attention == "gist" else config.run.attention_impl
+
+
+def gist_config(config: Config, model: GPTConfig, saved: GistConfig | None) -> GistConfig:
+    """The GistNet of a model with gist attention: the checkpoint's, or a new one."""
+    gist = saved or setup.gist_config(config.mc, replace(model, attention="dense"))
+    if gist.block != model.gist_block:
+        raise UserError(
+            f"--block-size {model.gist_block} is not the {gist.block} tokens per gist that this model's GistNet was "
+            f"trained with; use --block-size {gist.block}."
+        )
+    return gist
+
+
+def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
+    share = config.mc.gist_raw_share
+    if not 0 <= share < 1:
+        raise UserError(f"--gist-raw-share {share} must lie in [0, 1).")
+    wanted = config.run.attention_impl
+    try:
+        chosen = choose(None if wanted == "auto" else wanted)
+    except Refused as error:
+        raise UserError(f"--attention-impl {wanted}: {error}") from None
+    mixture = RowMixture(share, config.mc.mc_gist_regression_weight)
+    return GistRows(base, gist, mixture, chosen.name)
