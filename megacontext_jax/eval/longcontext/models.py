@@ -9,13 +9,14 @@ import numpy as np
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax.config import StageConfig
+from megacontext_jax.context.gist_rows import GistRows, RowMixture
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import fewest_entries
 from megacontext_jax.context.lensnet import LensConfig
 from megacontext_jax.context.objective import ContextConfig, ContextObjective, Mixture
 from megacontext_jax.eval.longcontext.tasks import Task
 from megacontext_jax.model.arch import GPTConfig
-from megacontext_jax.model.objective import make_objective
+from megacontext_jax.model.objective import Objective, make_objective
 from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
@@ -27,6 +28,7 @@ class Size:
     """Of a model and its training."""
 
     depth: int = 3
+    row_depth: int = 4  # with gist attention: to bind, gather and read without ever seeing the fact raw
     width: int = 64
     heads: int = 4
     steps: int = 1500
@@ -73,21 +75,58 @@ def budget(task: Task) -> int:
     return min(task.tokens, smallest(task) + task.expand * (task.block - 1) * max(1, task.levels - 1))
 
 
-def train(
-    task: Task,
-    size: Size,
-    kind: str,
-    seed: int,
-    progress: Callable[[int, float], None] = lambda step, loss: None,
-):
+def rows_for(task: Task, size: Size, attention: str) -> GistRows | Objective:
+    """The same layers with gist attention and no window, or with a sliding window of equal budget.
+
+    A token sees its own block as tokens and everything before it as gists, in every layer.
+    """
+    cfg = GPTConfig(
+        arch="pocket",
+        n_embd=size.width,
+        n_head=size.heads,
+        n_kv_head=size.heads,
+        n_layer=size.row_depth,
+        sequence_len=task.tokens,
+        vocab_size=task.vocab,
+        attention=attention,
+        gist_block=task.block,
+        gist_window=0,
+        gist_levels=task.levels,
+    )
+    base = make_objective(cfg, attention_impl="auto", dtype="float32")
+    if attention == "sliding":
+        return base
+    blocks = replace(cfg, n_layer=2, attention="dense", vocab_size=64)
+    return GistRows(base, GistConfig(blocks, block=task.block), RowMixture(raw_share=0.5, regression_weight=0.0))
+
+
+Say = Callable[[int, float], None]
+
+
+def train(task: Task, size: Size, kind: str, seed: int, progress: Say = lambda step, loss: None):
     """(parameters, seconds): raw in every step; in every other step all gists, otherwise some blocks raw."""
-    started = time.monotonic()
-    task = replace(task, tokens=task.train_tokens, levels=min(task.levels, 2))
+    task = at_training(task)
     widths = (smallest(task), budget(task))
     objectives = [objective_for(task, size, kind, width) for width in widths]
     if task.levels == 1:  # all contexts are the same one then
         single = replace(objectives[0].mixture, variants=1)
         objectives[0] = replace(objectives[0], mixture=single)
+    return fit(objectives, task, size, seed, progress)
+
+
+def train_rows(task: Task, size: Size, attention: str, seed: int, progress: Say = lambda step, loss: None):
+    """(parameters, seconds) of a model with gist or sliding attention."""
+    task = at_training(task)
+    return fit([rows_for(task, size, attention)], task, size, seed, progress)
+
+
+def at_training(task: Task) -> Task:
+    return replace(task, tokens=task.train_tokens, levels=min(task.levels, 2))
+
+
+def fit(objectives: list, task: Task, size: Size, seed: int, progress: Say):
+    """(parameters, seconds) after `size.steps` steps on fresh batches, the objectives taking turns."""
+    started = time.monotonic()
     schedule = schedules(OPTIONS, RECIPES["muon"], size.steps, first_stage=True)
     optimizer = make_optimizer(OPTIONS, objectives[0].cfg, schedule, context=True)
     mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
@@ -98,7 +137,7 @@ def train(
     for step in range(size.steps):
         batch = task.make(rng, size.rows, task.tokens, False)
         rows = {name: batch[name][None] for name in ("inputs", "targets")}
-        state, metrics = steps[step % 2](state, rows)
+        state, metrics = steps[step % len(steps)](state, rows)
         progress(step + 1, metrics["loss"])
     jax.block_until_ready(state)
     return state.params, time.monotonic() - started
