@@ -97,7 +97,9 @@ def rows_for(task: Task, size: Size, attention: str) -> GistRows | Objective:
     if attention == "sliding":
         return base
     blocks = replace(cfg, n_layer=2, attention="dense", vocab_size=64)
-    return GistRows(base, GistConfig(blocks, block=task.block), RowMixture(raw_share=0.5, regression_weight=0.0))
+    return GistRows(
+        base, GistConfig(blocks, block=task.block), RowMixture(raw_share=0.5, regression_weight=0.0)
+    )
 
 
 Say = Callable[[int, float], None]

@@ -1,0 +1,84 @@
+"""One row at a time gives what whole sequences give, from rings that forget nothing that is still seen."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import GistSpec, gist_attention
+from kernels_pallas.decode import append, fill, gist_decode, init_gist_cache, slots
+from kernels_pallas.shapes import Problem
+
+SPECS = [GistSpec(4, 16, 1, 3), GistSpec(2, 6, 0, 4), GistSpec(8, 0, 2, 1), GistSpec(3, 9, 1, 2)]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_seen_is_still_there(spec):
+    t = np.arange(3000)
+    for level in range(spec.levels + 1):
+        end = t[(t + 1) % spec.block**level == 0]
+        ranges = spec.key_ranges(level, (end + 1) // spec.block**level - 1)
+        for m, (first, stop) in enumerate(ranges):
+            existing = (end + (m <= level)) // spec.block**m
+            assert (stop <= existing).all()  # nothing is seen before it is appended
+            assert (existing - first).max() <= slots(spec, 3000)[m]
+    longer = slots(spec, 30_000)
+    assert longer[:-1] == slots(spec, 300_000)[:-1]
+
+
+def steps(spec: GistSpec, cache, rows, start_B, count: int):
+    """Outputs per level [count, B, H, D] of every row that ends at tokens start, start + 1, ...; zeros where none does."""
+    q, k, v = rows
+
+    def at(x_BSHD, row_B):
+        return jnp.take_along_axis(x_BSHD, row_B[:, None, None, None], axis=1, mode="clip")[:, 0]
+
+    def step(carry, _):
+        cache, position_B = carry
+        found = []
+        for level in range(spec.levels + 1):
+            span = spec.block**level
+            ends_B = (position_B + 1) % span == 0
+            row_B = (position_B + 1) // span - 1
+            if q[level].shape[1] == 0:
+                continue
+            cache = append(cache, level, at(k[level], row_B), at(v[level], row_B), row_B, ends_B)
+            o_BHD = gist_decode(at(q[level], row_B), cache, position_B, spec=spec, level=level)
+            found.append(jnp.where(ends_B[:, None, None], o_BHD, 0.0))
+        return (cache, position_B + 1), tuple(found)
+
+    return jax.lax.scan(step, (cache, start_B), None, length=count)[1]
+
+
+@pytest.mark.parametrize(
+    ("spec", "tokens"), [(SPECS[0], 5000), (SPECS[1], 300), (SPECS[2], 400), (SPECS[3], 250)]
+)
+def test_token_by_token_is_the_whole_sequence(spec, tokens):
+    problem = Problem(tokens, spec, batch=2, heads=4, key_heads=2, head_dim=8)
+    q, k, v, _ = problem.arrays()
+    whole = jax.jit(partial(gist_attention, spec=spec))(q, k, v)
+    cache = init_gist_cache(spec, 2, tokens, 2, 8)
+    found = jax.jit(partial(steps, spec, count=tokens))(cache, (q, k, v), jnp.zeros(2, jnp.int32))
+    for level, o_TBHD in enumerate(found):
+        ended = o_TBHD[spec.block**level - 1 :: spec.block**level].swapaxes(0, 1)
+        np.testing.assert_allclose(ended, whole[level], atol=1e-5)
+
+
+def test_sequences_of_different_lengths_go_on_after_a_prefill():
+    spec, tokens, more = SPECS[0], 200, 60
+    problem = Problem(tokens, spec, batch=3, heads=4, key_heads=2, head_dim=8)
+    q, k, v, _ = problem.arrays()
+    whole = gist_attention(q, k, v, spec=spec)
+    length_B = jnp.array([3, 64, 137])
+    padded = [tuple(x.at[:, 137 // spec.block**m :].set(9.0) for m, x in enumerate(rows)) for rows in (k, v)]
+    cache = fill(init_gist_cache(spec, 3, tokens, 2, 8), *padded, length_B, spec)
+    found = jax.jit(partial(steps, spec, count=more))(cache, (q, k, v), length_B)[0]
+    for b, n in enumerate(length_B):
+        np.testing.assert_allclose(found[:, b], whole[0][b, n : n + more], atol=1e-5)
+
+
+def test_a_cache_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="0 tokens"):
+        slots(SPECS[0], 0)
