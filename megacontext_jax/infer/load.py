@@ -20,7 +20,8 @@ from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.context_model import ContextDecoder, context_model
 from megacontext_jax.infer.engine import Engine
-from megacontext_jax.infer.model import GPTDecoder, gpt_model
+from megacontext_jax.infer.gist_model import gist_model
+from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
 
@@ -94,13 +95,19 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     return LoadedModel(objective, params, tokenizer, folder, step, context)
 
 
+def decoding_model(params, objective: Objective | GistRows) -> Model:
+    """A model ready to generate, from the training pytree."""
+    if isinstance(objective, GistRows):
+        return gist_model(params, objective)
+    return gpt_model(params, objective.cfg, attention=objective.attention.fn, dtype=objective.dtype)
+
+
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
     """An engine on one device around the model of `--source`, `--tag` and `--step`; with --mc over working contexts."""
     model = load_model(config)
-    attention = model.objective.attention.fn
     if model.context is None:
-        decoder = gpt_model(model.params, model.cfg, attention=attention, dtype=model.objective.dtype)
-        return Engine(decoder, model.tokenizer), model
+        return Engine(decoding_model(model.params, model.objective), model.tokenizer), model
+    attention = model.objective.attention.fn
     opts, T = config.mc, model.cfg.sequence_len
     decoder = ContextDecoder(
         GPTDecoder(model.cfg, attention, model.objective.dtype),

@@ -9,8 +9,7 @@ import numpy as np
 
 from megacontext_jax.data.rowgroups import iter_texts
 from megacontext_jax.infer.engine import Engine
-from megacontext_jax.infer.model import gpt_model
-from megacontext_jax.model.objective import Objective
+from megacontext_jax.infer.load import decoding_model
 
 COUNT = 4
 BEGINNING = 24  # tokens of a document
@@ -34,7 +33,7 @@ def chat_prompts(source, tokenizer) -> list[list[int]]:
     return prompts
 
 
-def draw_samples(objective: Objective, tokenizer, prompts: list[list[int]], params) -> list[dict]:
+def draw_samples(objective, tokenizer, prompts: list[list[int]], params) -> list[dict]:
     """Greedy continuations [{"prompt", "completion"}]; prompts that do not fit the window are passed over."""
     window = objective.cfg.sequence_len
     prompts = [p for p in prompts if len(p) < window]
@@ -43,7 +42,7 @@ def draw_samples(objective: Objective, tokenizer, prompts: list[list[int]], para
     local = (
         jax.tree.map(np.asarray, params) if jax.process_count() == 1 and jax.device_count() > 1 else params
     )
-    engine = Engine(gpt_model(local, objective.cfg, dtype=objective.dtype), tokenizer)
+    engine = Engine(decoding_model(local, objective), tokenizer)
     rows, _ = engine.generate_batch(prompts, max_tokens=LONGEST, temperature=0.0)
     return [
         {"prompt": tokenizer.decode(p), "completion": tokenizer.decode(row[len(p) :])}

@@ -45,7 +45,7 @@ def unstack_layers(params: dict) -> dict:
     return params | {"lm_head": params["lm_head"].T, "h": layers}
 
 
-def _layers(params: dict, cfg: GPTConfig, ids, dtype):
+def layer_weights(params: dict, cfg: GPTConfig, ids, dtype):
     """Per layer: its weights with the matrices (out, in) as views, its window, its value embeddings of `ids`."""
     values = dict(zip(cfg.value_embed_layers(), range(cfg.n_layer), strict=False))
     for i, (layer, window) in enumerate(zip(params["h"], cfg.windows(), strict=True)):
@@ -113,7 +113,7 @@ def prefill_entries(
     x_BTC, rope, _ = entries
     T, dtype = x_BTC.shape[1], x_BTC.dtype
     x0_BTC, kept_BTC, ks, vs = x_BTC, None, [], []
-    for i, layer, window, value in _layers(params, cfg, prompt.ids_BW, dtype):
+    for i, layer, window, value in layer_weights(params, cfg, prompt.ids_BW, dtype):
         x_BTC = enter_block(layer, x_BTC, x0_BTC)
         if value is not None:
             value["rows"] = value["rows"] * prompt.raw_BW[..., None].astype(dtype)
@@ -127,7 +127,7 @@ def prefill_entries(
         jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, kept_BTC, prompt.last_BWC)
     )
     cache = Cache(tuple(ks), tuple(vs), e_B1C, count_B, prompt.tokens_B - count_B)
-    return _head(params, cfg, x_B1C, kept_B1C), cache
+    return head_logits(params, cfg, x_B1C, kept_B1C), cache
 
 
 def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float32):
@@ -142,7 +142,7 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
     e_B1C = embed(params, ids_B[:, None], dtype)
     x_B1C = smear(params, e_B1C, cache.previous_B1C.astype(dtype))
     x0_B1C, kept_B1C, ks, vs = x_B1C, None, [], []
-    for i, layer, window, value in _layers(params, cfg, ids_B[:, None], dtype):
+    for i, layer, window, value in layer_weights(params, cfg, ids_B[:, None], dtype):
         x_B1C = enter_block(layer, x_B1C, x0_B1C)
         q, k, v = qkv(layer, cfg, x_B1C, rope, value)
         k_BKSD = _append(cache.k[i], k[:, 0], pos_B)
@@ -157,9 +157,11 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
         kept_B1C = x_B1C if i == cfg.n_layer // 2 else kept_B1C
         ks.append(k_BKSD)
         vs.append(v_BKSD)
-    return _head(params, cfg, x_B1C, kept_B1C), Cache(tuple(ks), tuple(vs), e_B1C, pos_B + 1, cache.offset_B)
+    return head_logits(params, cfg, x_B1C, kept_B1C), Cache(
+        tuple(ks), tuple(vs), e_B1C, pos_B + 1, cache.offset_B
+    )
 
 
-def _head(params, cfg, x_B1C, kept_B1C):
+def head_logits(params, cfg, x_B1C, kept_B1C):
     x_B1C = leave_trunk(params, x_B1C, kept_B1C)
     return capped_logits(x_B1C, params["lm_head"].T, cfg.logit_cap, cfg.vocab_size)[:, 0]

@@ -95,6 +95,7 @@ def prepare(config: Config, stage: str) -> Setup:
         phases = [Phase(0, row_setup.objective(config, objective, gist))]
     else:
         phases = [Phase(0, objective)]
+    speaking = objective if parts is not None else phases[0].objective
     trained, gists = phases[-1].objective, run.mc or model.attention == "gist"
     recipe = RECIPES[opts.optimizer]
     schedule = schedules(opts, recipe, num_iterations, first_stage=source is None)
@@ -187,9 +188,7 @@ def prepare(config: Config, stage: str) -> Setup:
         else Probe(
             views_of(config, trained), data.validation["val/bpb"], mesh, detail=probe_detail(config.mc)
         ),
-        sample=partial(draw_samples, objective, tokenizer, data.prompts)
-        if jax.process_count() == 1 and model.attention != "gist"
-        else None,
+        sample=partial(draw_samples, speaking, tokenizer, data.prompts) if jax.process_count() == 1 else None,
         facts=facts,
     )
 

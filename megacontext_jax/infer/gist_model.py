@@ -1,0 +1,177 @@
+"""Decoding with gist attention: rings of rows per layer, and a gist row through all layers when a block is full.
+
+Shape suffixes as in `context.gist_rows` and `kernels_pallas.decode`; L levels, r tokens per block.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.decode import GistCache, append, fill, gist_decode, init_gist_cache
+from megacontext_jax.context import gistnet
+from megacontext_jax.context.gist_rows import (
+    GistRows,
+    row_attention,
+    row_centre,
+    row_entries,
+    row_spread,
+    split_levels,
+)
+from megacontext_jax.context.positions import gaussian_rope
+from megacontext_jax.infer.model import Model, prepare_params
+from megacontext_jax.model import decode, gpt
+
+
+class RowCache(NamedTuple):
+    """What a sequence leaves behind for the tokens to come."""
+
+    layers: tuple[GistCache, ...]
+    blocks: tuple[
+        jax.Array, ...
+    ]  # per level below the last: embeddings [B, r, C] of the block that is filling
+    length_B: jax.Array  # tokens seen
+
+
+@dataclass(frozen=True)
+class GistDecoder:
+    """A `Decoder` over the prepared weights of the base model and GistNet's."""
+
+    objective: GistRows
+
+    @property
+    def cfg(self):
+        return self.objective.cfg
+
+    @property
+    def vocab_size(self) -> int:
+        return self.cfg.vocab_size
+
+    @property
+    def window(self) -> int:
+        return self.cfg.sequence_len
+
+    @property
+    def dtype(self):
+        return self.objective.base.dtype
+
+    def init_cache(self, batch: int, slots: int) -> RowCache:
+        cfg = self.cfg
+        layer = partial(init_gist_cache, cfg.gist_spec, batch, slots, cfg.n_kv_head, cfg.head_dim, self.dtype)
+        empty_BrC = jnp.zeros((batch, cfg.gist_block, cfg.n_embd), self.dtype)
+        return RowCache(
+            tuple(layer() for _ in range(cfg.n_layer)),
+            (empty_BrC,) * cfg.gist_levels,
+            jnp.zeros(batch, jnp.int32),
+        )
+
+    def prefill(self, params, ids_BT, length_B, cache: RowCache):
+        cfg, spec = self.cfg, self.cfg.gist_spec
+        tables = self.objective.rows(params, ids_BT)
+        entries = row_entries(params, cfg, tables, ids_BT)
+        sizes = spec.rows(ids_BT.shape[1])
+        attention = row_attention(spec, sizes, self.objective.implementation)
+        more = sum(sizes[1:])
+        raw_R = jnp.arange(sum(sizes)) < ids_BT.shape[1]
+        ids_BR = jnp.pad(ids_BT, ((0, 0), (0, more)))
+        x_BRC = x0_BRC = entries.x_BTC
+        kept_BRC, layers = None, []
+        for i, layer, _, value in decode.layer_weights(params, cfg, ids_BR, self.dtype):
+            if value is not None:
+                value["rows"] = value["rows"] * raw_R[:, None].astype(self.dtype)
+            x_BRC = gpt.enter_block(layer, x_BRC, x0_BRC)
+            q, k, v = gpt.qkv(layer, cfg, x_BRC, entries.rope, value)
+            layers.append(
+                fill(cache.layers[i], split_levels(k, sizes), split_levels(v, sizes), length_B, spec)
+            )
+            x_BRC = gpt.close_block(layer, x_BRC, attention(q, k, v))
+            kept_BRC = x_BRC if i == cfg.n_layer // 2 else kept_BRC
+        last_B11 = (length_B - 1)[:, None, None]
+        x_B1C, kept_B1C = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BRC, kept_BRC))
+        blocks = tuple(
+            self._filling(table_BSC, length_B // cfg.gist_block**level)
+            for level, table_BSC in enumerate(tables[:-1])
+        )
+        return decode.head_logits(params, cfg, x_B1C, kept_B1C), RowCache(tuple(layers), blocks, length_B)
+
+    def _filling(self, table_BSC, rows_B):
+        """The newest rows of a level where a block of them [B, r, C] holds them."""
+        r = self.cfg.gist_block
+        if table_BSC.shape[1] == 0:
+            return jnp.zeros((table_BSC.shape[0], r, self.cfg.n_embd), self.dtype)
+        # the block of the newest row: also a full one, of which the smear still reads the last
+        first_B = (jnp.maximum(rows_B, 1) - 1) // r * r
+        index_Br = first_B[:, None] + jnp.arange(r)
+        return jnp.take_along_axis(table_BSC, index_Br[..., None], axis=1, mode="clip")
+
+    def decode_step(self, params, ids_B, cache: RowCache):
+        cfg, r = self.cfg, self.cfg.gist_block
+        position_B = cache.length_B
+        e_BC = gpt.embed(params, ids_B, self.dtype)
+        before_BC = _at(cache.blocks[0], (position_B - 1) % r)
+        previous_BC = before_BC * (position_B > 0)[:, None].astype(self.dtype)
+        x_B1C = gpt.smear(params, e_BC, previous_BC)[:, None]
+        x_B1C, kept_B1C, layers = self._row(params, x_B1C, cache.layers, position_B, 0, ids_B[:, None])
+        logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
+        blocks = (_put(cache.blocks[0], e_BC, position_B % r, True), *cache.blocks[1:])
+        for level in range(1, cfg.gist_levels + 1):
+            ends_B = (position_B + 1) % r**level == 0
+            layers, blocks = jax.lax.cond(
+                ends_B.any(),
+                partial(self._gist_row, params, position_B, ends_B, level),
+                lambda layers, blocks: (layers, blocks),
+                layers,
+                blocks,
+            )
+        return logits_BV, RowCache(layers, blocks, position_B + 1)
+
+    def _gist_row(self, params, position_B, ends_B, level: int, layers, blocks):
+        """The gist of the block that ends with this token, through all layers, where one ends."""
+        r, full_BrC = self.cfg.gist_block, blocks[level - 1]
+        if level == 1:
+            full_BrC = gpt.smear(params, full_BrC, gpt.shift_right(full_BrC))
+        gist_BC = gistnet.encode(params["gistnet"], self.objective.gist, full_BrC)
+        _, _, layers = self._row(params, gist_BC[:, None], layers, position_B, level, None, ends_B)
+        if level < self.cfg.gist_levels:
+            place_B = ((position_B + 1) // r**level - 1) % r
+            blocks = (*blocks[:level], _put(blocks[level], gist_BC, place_B, ends_B), *blocks[level + 1 :])
+        return layers, blocks
+
+    def _row(self, params, x_B1C, layers, position_B, level: int, ids_B1, write_B=True):
+        """One row per sequence, its span ending with token `position_B`: final stream, that of the middle, caches."""
+        cfg, spec = self.cfg, self.cfg.gist_spec
+        row_B = (position_B + 1) // spec.block**level - 1
+        mu_B1 = row_centre(cfg, level, row_B.astype(jnp.float32))[:, None]
+        rope = gaussian_rope(cfg, mu_B1, jnp.full(mu_B1.shape, row_spread(cfg, level)), self.dtype)
+        x0_B1C, kept_B1C, filled = x_B1C, None, []
+        # a gist has no value embeddings: any token stands in, its rows are left out
+        ids = jnp.zeros((len(position_B), 1), jnp.int32) if ids_B1 is None else ids_B1
+        for i, layer, _, value in decode.layer_weights(params, cfg, ids, self.dtype):
+            x_B1C = gpt.enter_block(layer, x_B1C, x0_B1C)
+            q, k, v = gpt.qkv(layer, cfg, x_B1C, rope, value if level == 0 else None)
+            cache = append(layers[i], level, k[:, 0], v[:, 0], row_B, write_B)
+            attn = gist_decode(q[:, 0], cache, position_B, spec=spec, level=level)
+            x_B1C = gpt.close_block(layer, x_B1C, attn[:, None])
+            kept_B1C = x_B1C if i == cfg.n_layer // 2 else kept_B1C
+            filled.append(cache)
+        return x_B1C, kept_B1C, tuple(filled)
+
+
+def gist_model(params: Any, objective: GistRows) -> Model:
+    """A model with gist attention ready to generate; `params` is the training pytree."""
+    alone = replace(objective, base=replace(objective.base, mesh=None))
+    prepared = prepare_params(params, objective.base.dtype)
+    return Model(GistDecoder(alone), prepared | {"gistnet": params["gistnet"]})
+
+
+def _at(rows_BrC, place_B):
+    return jnp.take_along_axis(rows_BrC, place_B[:, None, None], axis=1)[:, 0]
+
+
+def _put(rows_BrC, x_BC, place_B, write_B):
+    here_Br = (jnp.arange(rows_BrC.shape[1]) == place_B[:, None]) & jnp.broadcast_to(write_B, place_B.shape)[
+        :, None
+    ]
+    return jnp.where(here_Br[..., None], x_BC[:, None].astype(rows_BrC.dtype), rows_BrC)
