@@ -24,7 +24,9 @@ NEG = -1e30  # a finite minus infinity
 LOG2E = math.log2(math.e)
 
 
-def forward(q_BRHD, k_BSKD, v_BSKD, bounds, tiles: Tiles, scale: float, config: Config, ops: Ops, masked: bool):
+def forward(
+    q_BRHD, k_BSKD, v_BSKD, bounds, tiles: Tiles, scale: float, config: Config, ops: Ops, masked: bool
+):
     """(out [B, R, H, D], log-sum-exp in base 2 [B, H, R]).
 
     `bounds` int32 [1 or B, R / 64, L + 1, 2, 64] is what each query sees; `masked`: also on tiles called full.
@@ -37,7 +39,9 @@ def forward(q_BRHD, k_BSKD, v_BSKD, bounds, tiles: Tiles, scale: float, config: 
 
     def body(q_ref, k_ref, v_ref, bounds_ref, step_ref, full_ref, all_ref, level_ref, base_ref, *rest):
         o_ref, lse_ref, *scratch = rest
-        (qo_smem2, k_smem, v_smem, bounds_smem2, lse_smem2), (start_bars, k_bars, v_bars), done, turn = scratch
+        (qo_smem2, k_smem, v_smem, bounds_smem2, lse_smem2), (start_bars, k_bars, v_bars), done, turn = (
+            scratch
+        )
         k_done, v_done = done
         batch, head, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
         tile = lax.axis_index("tiles")
@@ -123,12 +127,7 @@ def forward(q_BRHD, k_BSKD, v_BSKD, bounds, tiles: Tiles, scale: float, config: 
                     pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
                     plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], bars.at[slot])
 
-            if ops.interpreted:  # which wants every arrival to be waited for
-
-                @pl.loop(jnp.maximum(steps - stages, 0), steps)
-                def _(i):
-                    for _, _, _, free in pairs:
-                        plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+            ops.drain(steps, stages, k_done, v_done)
 
     run = ops.kernel(
         body,

@@ -67,6 +67,16 @@ class Ops(NamedTuple):
         if not self.interpreted:
             plgpu.set_max_registers(count, action=action)
 
+    def drain(self, steps, stages: int, *barriers) -> None:
+        """Interpret mode wants every arrival to be waited for, those of the last slots too."""
+        if not self.interpreted:
+            return
+
+        @pl.loop(jnp.maximum(steps - stages, 0), steps)
+        def _(i):
+            for barrier in barriers:
+                plgpu.barrier_wait(barrier.at[lax.rem(i, stages)])
+
     def kernel(self, body, *, out_type, scratch_types, grid: dict[str, int], name: str):
         """A call of two computing warpgroups and one that loads; the grid by the names of its axes."""
         options = {"interpret": self.interpreted} if self.interpreted else {}

@@ -5,6 +5,7 @@ level. Keys are segregated by level, so that tiles of them are full. Every visib
 tile; tiles in which every query sees every key come first and need no mask.
 """
 
+import itertools
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -61,7 +62,7 @@ def plan(spec: GistSpec, T: int, config: Config) -> Tiles:
 
     def of_size(size: int):
         level_J = np.concatenate(
-            [np.full((b - a) // size, m) for m, (a, b) in enumerate(zip(offsets[:-1], offsets[1:], strict=True))]
+            [np.full((b - a) // size, m) for m, (a, b) in enumerate(itertools.pairwise(offsets))]
         )
         base_J = np.arange(len(level_J)) * size - np.asarray(offsets)[level_J]
         return level_J.astype(np.int32), base_J.astype(np.int32)
