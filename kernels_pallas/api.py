@@ -6,11 +6,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.mosaic_gpu import gist_attention_mosaic, refusal
 from kernels_pallas.reference import gist_attention_reference
 from kernels_pallas.spec import GistSpec
 from kernels_pallas.xla import gist_attention_xla
 
-IMPLEMENTATIONS = {"xla": gist_attention_xla, "reference": gist_attention_reference}
+IMPLEMENTATIONS = {
+    "mosaic_gpu": gist_attention_mosaic,
+    "xla": gist_attention_xla,
+    "reference": gist_attention_reference,
+}
+FUSED = ("mosaic_gpu",)
 
 
 class Refused(ValueError):
@@ -21,16 +27,39 @@ class Chosen(NamedTuple):
     name: str
     refused: dict[str, str]  # implementations that come first, and why they do not run
 
+    def __str__(self) -> str:
+        reasons = "; ".join(f"not {name}: {why}" for name, why in self.refused.items())
+        return f"{self.name} ({reasons})" if reasons else self.name
 
-def choose(implementation: str | None = None) -> Chosen:
-    """The implementation that `gist_attention` runs. Asking for one by name and not getting it is an error."""
-    if implementation is None:
-        return Chosen("xla", {})
-    if implementation not in IMPLEMENTATIONS:
+
+def choose(
+    implementation: str | None = None, *, spec: GistSpec, dtype, head_dim: int, require_fused: bool = False
+) -> Chosen:
+    """The implementation that `gist_attention` runs on this machine.
+
+    Raises `Refused` where the one asked for by name does not run, and with `require_fused` where none of the fused
+    kernels does.
+    """
+    if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise Refused(
             f"gist attention has no implementation {implementation!r}; choose from {', '.join(IMPLEMENTATIONS)}."
         )
-    return Chosen(implementation, {})
+    reason = refusal(spec, dtype, head_dim, _capability())
+    if implementation == "mosaic_gpu" and reason:
+        raise Refused(f"mosaic_gpu does not run: {reason}.")
+    if implementation is None:
+        chosen = Chosen("xla", {"mosaic_gpu": reason}) if reason else Chosen("mosaic_gpu", {})
+    else:
+        chosen = Chosen(implementation, {})
+    if require_fused and chosen.name not in FUSED:
+        raise Refused(f"a fused kernel is required and gist attention would run {chosen}.")
+    return chosen
+
+
+def _capability() -> float | None:
+    """Compute capability of the GPU that runs the program, None without one."""
+    found = getattr(jax.devices()[0], "compute_capability", None)
+    return float(found) if found else None
 
 
 def gist_attention(
@@ -53,7 +82,8 @@ def gist_attention(
     """
     _check(q, k, v, spec, segment_ids)
     scale = 1.0 / math.sqrt(q[0].shape[-1]) if scale is None else scale
-    run = IMPLEMENTATIONS[choose(implementation).name]
+    chosen = choose(implementation, spec=spec, dtype=q[0].dtype, head_dim=q[0].shape[-1])
+    run = IMPLEMENTATIONS[chosen.name]
     return run(tuple(q), tuple(k), tuple(v), spec, segment_ids, scale)
 
 

@@ -186,7 +186,7 @@ def dkv(
                 slot = lax.rem(i, stages)
                 plgpu.barrier_wait(q_bars.at[slot])
                 s_cq = ops.product_nt(k_smem, q_smem.at[slot]) * (scale * LOG2E)
-                lse_q, delta_q = (ops.load(numbers_smem.at[slot, i], COLUMNS) for i in (0, 1))
+                lse_q = ops.load(numbers_smem.at[slot, 0], COLUMNS)
                 p_cq = jnp.exp2(s_cq - ops.columns(lse_q, (c, q)))
                 if mask:
                     key_cq = base_ref[tile] + wg * c + ops.iota((c, q), 0)
@@ -199,6 +199,8 @@ def dkv(
                 dv_cD = ops.add_product(dv_cD, p_cq.astype(jnp.bfloat16), do_smem.at[slot])
                 dp_cq = ops.product_nt(v_smem, do_smem.at[slot])
                 plgpu.barrier_arrive(do_done.at[slot])
+                # read late: two accumulators leave few registers
+                delta_q = ops.load(numbers_smem.at[slot, 1], COLUMNS)
                 ds_cq = p_cq * (dp_cq - ops.columns(delta_q, (c, q))) * scale
                 dk_cD = ops.add_product(dk_cD, ds_cq.astype(jnp.bfloat16), q_smem.at[slot])
                 # numbers and bounds were read by ordinary loads: order these before the next copy into the slot

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from kernels_pallas import Refused
-from kernels_pallas.api import choose
+from kernels_pallas.api import Chosen, choose
 from megacontext_jax.config import Config
 from megacontext_jax.context import setup
 from megacontext_jax.context.gist_rows import GistRows, RowMixture
@@ -85,10 +85,21 @@ def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
     share = config.mc.gist_raw_share
     if not 0 <= share < 1:
         raise UserError(f"--gist-raw-share {share} must lie in [0, 1).")
-    wanted = config.run.attention_impl
-    try:
-        chosen = choose(None if wanted == "auto" else wanted)
-    except Refused as error:
-        raise UserError(f"--attention-impl {wanted}: {error}") from None
+    chosen = implementation(config, base)
     mixture = RowMixture(share, config.mc.mc_gist_regression_weight)
     return GistRows(base, gist, mixture, chosen.name)
+
+
+def implementation(config: Config, base: Objective) -> Chosen:
+    """What runs gist attention here, by --attention-impl and --require-fused."""
+    wanted, cfg = config.run.attention_impl, base.cfg
+    try:
+        return choose(
+            None if wanted == "auto" else wanted,
+            spec=cfg.gist_spec,
+            dtype=base.dtype,
+            head_dim=cfg.head_dim,
+            require_fused=config.run.require_fused,
+        )
+    except Refused as error:
+        raise UserError(f"--attention-impl {wanted}: {error}") from None

@@ -141,7 +141,7 @@ def prepare(config: Config, stage: str) -> Setup:
         "compute dtype": dtype.name,
         "Attention": f"{objective.attention.name} ({objective.attention.why})",
         **({} if parts is None else context_facts(phases, model)),
-        **(row_facts(trained) if model.attention == "gist" else {}),
+        **(row_facts(config, trained) if model.attention == "gist" else {}),
     }
     width = max(map(len, facts))
     print0(f"--- {folder.name} ---")
@@ -243,12 +243,13 @@ def start_from(
     return {name: params[name] for name in template}
 
 
-def row_facts(rows: GistRows) -> dict:
+def row_facts(config: Config, rows: GistRows) -> dict:
     """Lines for the start and the report."""
     size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(rows.init, jax.random.key(0))["gistnet"]))
     keys = rows.cfg.keys_per_token()
     return {
-        "Attention": f"{row_setup.describe(rows.cfg)}, {rows.implementation}",
+        "Attention": row_setup.describe(rows.cfg),
+        "Gist attention runs": str(row_setup.implementation(config, rows.base)),
         "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
         "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
         "Dense micro-batches": f"{100 * rows.mixture.raw_share:.0f} %, attention {rows.base.attention.name}",
