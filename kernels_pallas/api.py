@@ -17,6 +17,13 @@ IMPLEMENTATIONS = {
     "reference": gist_attention_reference,
 }
 FUSED = ("mosaic_gpu",)
+HOPPER = (
+    "H100",
+    "H200",
+    "H800",
+    "H20",
+    "GH200",
+)  # in the name of a device that is compiled for ahead of time
 
 
 class Refused(ValueError):
@@ -57,7 +64,10 @@ def choose(
 
 
 def _capability() -> float | None:
-    """Compute capability of the GPU that runs the program, None without one."""
+    """Compute capability of the GPU that runs the program, or that it is compiled for; None without one."""
+    target = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if target is not None and target.platform in ("cuda", "gpu"):
+        return 9.0 if any(name in target.device_kind for name in HOPPER) else 0.0
     found = getattr(jax.devices()[0], "compute_capability", None)
     return float(found) if found else None
 

@@ -57,6 +57,7 @@ setup_env() {
   if [ -n "$dev" ] && [ "$(cat .venv/megacontext-dev 2>/dev/null)" != "$sum" ]; then
     uv="$(find_uv)" || return 1
     install_packages "$uv" --group dev || return 1
+    install_gpu_compiler "$uv" || return 1
     printf '%s' "$sum" >.venv/megacontext-dev
   fi
   export PATH="$PWD/.venv/bin:$PATH"
@@ -65,6 +66,24 @@ setup_env() {
 install_packages() {
   "$1" pip install --quiet --python .venv/bin/python -c constraints.txt "${@:2}" ||
     { say "error: the packages could not be installed; look at the lines above and run this again."; return 1; }
+}
+
+# install_gpu_compiler UV: what compiles the GPU kernels on a machine without a GPU, beside the environment, where
+# JAX does not take it for a GPU. Without a CUDA toolkit its assembler comes along.
+install_gpu_compiler() {
+  [ "$(uname -sm)" = "Linux x86_64" ] || return 0
+  local version folder=.tools/cuda13 parts
+  version="$(.venv/bin/python -c 'import jaxlib; print(jaxlib.__version__)')" || return 1
+  [ "$(cat "$folder/version" 2>/dev/null)" = "$version" ] && return 0
+  parts=("jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version")
+  if [ ! -x "${CUDA_HOME:-/usr/local/cuda}/bin/ptxas" ]; then
+    parts+=("nvidia-cuda-nvcc>=13,<13.1" "nvidia-nvvm>=13,<13.1" "nvidia-cuda-crt>=13,<13.1" "nvidia-cuda-runtime>=13,<13.1")
+  fi
+  say "Fetching the compiler for the GPU kernels into $folder ..."
+  rm -rf "$folder"
+  "$1" pip install --quiet --python .venv/bin/python --no-deps --target "$folder" "${parts[@]}" ||
+    { say "error: the GPU compiler could not be installed; look at the lines above and run this again."; return 1; }
+  printf '%s' "$version" >"$folder/version"
 }
 
 # The interpreter to build the environment from: 3.11 to 3.13, the one called python3 if it fits.

@@ -28,6 +28,11 @@ class Objective:
     def flops_per_token(self) -> float:
         return self.cfg.flops_per_token()
 
+    @property
+    def platform(self) -> str:
+        """Of the devices that run it, or that it is compiled for."""
+        return self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
+
     def init(self, key) -> dict:
         return gpt.init_params(self.cfg, key)
 
@@ -46,7 +51,7 @@ class Objective:
             entries,
             attention=attention or self.attention.fn,
             remat=self.remat,
-            unroll=jax.default_backend() == "cpu",  # faster steps, slower to compile
+            unroll=self.platform == "cpu",  # faster steps, slower to compile
             place=self.place,
             watch=watch,
         )
