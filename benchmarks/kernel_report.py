@@ -128,7 +128,7 @@ def training_step(depth: int, rows: int, tokens: int):
 
     from megacontext_jax import mesh as meshes
     from megacontext_jax.config import Config
-    from megacontext_jax.context.gist_rows import GistRows, RowMixture
+    from megacontext_jax.context.gist_rows import GistRows
     from megacontext_jax.context.setup import gist_config
     from megacontext_jax.model.arch import config_for_depth
     from megacontext_jax.model.objective import make_objective
@@ -142,7 +142,7 @@ def training_step(depth: int, rows: int, tokens: int):
     cfg = config_for_depth(depth, sequence_len=tokens, vocab_size=65_536, attention="gist")
     base = make_objective(cfg, attention_impl="reference", dtype="bfloat16", mesh=mesh)
     gist = gist_config(Config().mc, cfg)
-    rows_objective = GistRows(base, gist, RowMixture(), "mosaic_gpu")
+    rows_objective = GistRows(base, gist, implementation="mosaic_gpu")
     schedule = schedules(opts, RECIPES[opts.optimizer], 100, first_stage=True)
     optimizer = make_optimizer(opts, cfg, schedule, context=True)
     state = abstract_state(mesh, rows_objective.init, optimizer, jax.random.key(0))

@@ -190,7 +190,8 @@ class MegaContextConfig:
         0.02, "weight of forecasts of the next gist (also with --attention gist)"
     )
     gist_raw_share: float = option(
-        0.5, "--attention gist: share of the micro-batches that see everything as tokens"
+        0.3,
+        "--attention gist: share of a first stage's steps that see everything as tokens, before gists begin",
     )
     mc_lens_loss_weight: float = option(0.1, "weight of LensNet's loss")
     mc_lens_rank_weight: float = option(0.5, "lens: expansions above collapses")

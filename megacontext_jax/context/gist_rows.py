@@ -6,7 +6,7 @@ norms are the model's own. Who sees whom is `GistSpec`. Shape suffixes: B sequen
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import jax
@@ -27,20 +27,12 @@ from megacontext_jax.model.objective import Objective
 
 
 @dataclass(frozen=True)
-class RowMixture:
-    """How a step is made and weighted."""
-
-    raw_share: float = 0.0  # of the micro-batches, which are seen with dense attention instead
-    regression_weight: float = 0.02
-
-
-@dataclass(frozen=True)
 class GistRows:
     """The `Objective` of a model with gist attention."""
 
     base: Objective
     gist: GistConfig
-    mixture: RowMixture = field(default_factory=RowMixture)
+    regression_weight: float = 0.02  # of forecasts of the next gist
     implementation: str | None = None  # of gist attention
 
     @property
@@ -73,28 +65,16 @@ class GistRows:
         return self.base.nats(loss.chunked_nll, params, x_BTC, batch["targets"])
 
     def loss(self, params, batch, key):
-        """(summed loss, (weight, statistics)) as in `Objective`; a share of the calls is dense."""
-        share = self.mixture.raw_share
-        if share <= 0:
-            return self._gist_loss(params, batch, key)
-
-        def dense(params):
-            nats, (weight, _) = self.base.loss(params, batch, key)
-            return nats, (weight, self._statistics())
-
-        chosen = jax.random.uniform(jax.random.fold_in(key, 1)) < share
-        return jax.lax.cond(chosen, dense, lambda params: self._gist_loss(params, batch, key), params)
-
-    def _gist_loss(self, params, batch, key):
+        """(summed loss, (weight, statistics)) as in `Objective`."""
         targets_BT = batch["targets"]
         tables = self.rows(params, batch["inputs"])
         hidden = self.hidden(params, batch["inputs"], tables)
         weight = (targets_BT >= 0).sum().astype(jnp.float32)
         nats = self.base.nats(loss.nll_sum, params, hidden[0], targets_BT)
-        if not self.mixture.regression_weight or all(x.shape[1] < 2 for x in hidden[1:]):
+        if not self.regression_weight or all(x.shape[1] < 2 for x in hidden[1:]):
             return nats, (weight, self._statistics())
         regression, stats = self._regression(params, tables, hidden, key)
-        return nats + weight * self.mixture.regression_weight * regression, (weight, stats)
+        return nats + weight * self.regression_weight * regression, (weight, stats)
 
     def _regression(self, params, tables, hidden, key):
         """Loss of the forecasts of a sample of the rows, about one per 32 tokens, and statistics."""
@@ -146,9 +126,8 @@ class GistRows:
         layers = 6 * cfg.num_params()["transformer"]
         head = dense - layers - 12 * cfg.n_layer * cfg.n_embd * T
         gists = self.gist.flops_per_block() * sum(rows[1:])
-        forecasts = 2 * 6 * cfg.num_params()["lm_head"] / 32 if self.mixture.regression_weight else 0.0
-        gist = layers * sum(rows) + head + attention + gists + forecasts
-        return self.mixture.raw_share * dense + (1 - self.mixture.raw_share) * gist
+        forecasts = 2 * 6 * cfg.num_params()["lm_head"] / 32 if self.regression_weight else 0.0
+        return layers * sum(rows) + head + attention + gists + forecasts
 
 
 def row_entries(params, cfg: GPTConfig, tables: tuple, ids_BT) -> gpt.Entries:

@@ -6,8 +6,9 @@ from kernels_pallas import Refused
 from kernels_pallas.api import Chosen, choose
 from megacontext_jax.config import Config
 from megacontext_jax.context import setup
-from megacontext_jax.context.gist_rows import GistRows, RowMixture
+from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.context.setup import Phase
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective
@@ -81,13 +82,20 @@ def gist_config(config: Config, model: GPTConfig, saved: GistConfig | None) -> G
     return gist
 
 
-def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
+def phases(
+    config: Config, base: Objective, gist: GistConfig, num_iterations: int, *, first_stage: bool
+) -> list[Phase]:
+    """The curriculum: everything as tokens while retrieval forms, then gist attention; that alone unless `first_stage`."""
     share = config.mc.gist_raw_share
     if not 0 <= share < 1:
         raise UserError(f"--gist-raw-share {share} must lie in [0, 1).")
-    chosen = implementation(config, base)
-    mixture = RowMixture(share, config.mc.mc_gist_regression_weight)
-    return GistRows(base, gist, mixture, chosen.name)
+    rows = objective(config, base, gist)
+    start = round(share * num_iterations) if first_stage else 0
+    return [Phase(0, base), Phase(start, rows)] if start else [Phase(0, rows)]
+
+
+def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
+    return GistRows(base, gist, config.mc.mc_gist_regression_weight, implementation(config, base).name)
 
 
 def implementation(config: Config, base: Objective) -> Chosen:

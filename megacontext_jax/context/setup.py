@@ -153,10 +153,10 @@ def objective(opts: MegaContextConfig, base: Objective, ctx: ContextConfig, mix:
 
 
 class Phase(NamedTuple):
-    """From `first_step` on the working contexts have the width of this objective."""
+    """From `first_step` on training has this objective."""
 
     first_step: int
-    objective: ContextObjective
+    objective: object
 
 
 def phases(

@@ -92,10 +92,10 @@ def prepare(config: Config, stage: str) -> Setup:
         phases = context_setup.phases(config.mc, objective, parts, num_iterations, shrink=not had_context)
     elif model.attention == "gist":
         gist = row_setup.gist_config(config, model, context_setup.saved_gist(source_meta))
-        phases = [Phase(0, row_setup.objective(config, objective, gist))]
+        phases = row_setup.phases(config, objective, gist, num_iterations, first_stage=source is None)
     else:
         phases = [Phase(0, objective)]
-    speaking = objective if parts is not None else phases[0].objective
+    speaking = objective if parts is not None else phases[-1].objective
     trained, gists = phases[-1].objective, run.mc or model.attention == "gist"
     recipe = RECIPES[opts.optimizer]
     schedule = schedules(opts, recipe, num_iterations, first_stage=source is None)
@@ -141,7 +141,7 @@ def prepare(config: Config, stage: str) -> Setup:
         "compute dtype": dtype.name,
         "Attention": f"{objective.attention.name} ({objective.attention.why})",
         **({} if parts is None else context_facts(phases, model)),
-        **(row_facts(config, trained) if model.attention == "gist" else {}),
+        **(row_facts(config, phases) if model.attention == "gist" else {}),
     }
     width = max(map(len, facts))
     print0(f"--- {folder.name} ---")
@@ -243,8 +243,9 @@ def start_from(
     return {name: params[name] for name in template}
 
 
-def row_facts(config: Config, rows: GistRows) -> dict:
+def row_facts(config: Config, phases: list) -> dict:
     """Lines for the start and the report."""
+    rows: GistRows = phases[-1].objective
     size = sum(x.size for x in jax.tree.leaves(jax.eval_shape(rows.init, jax.random.key(0))["gistnet"]))
     keys = rows.cfg.keys_per_token()
     return {
@@ -252,7 +253,8 @@ def row_facts(config: Config, rows: GistRows) -> dict:
         "Gist attention runs": str(row_setup.implementation(config, rows.base)),
         "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
         "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
-        "Dense micro-batches": f"{100 * rows.mixture.raw_share:.0f} %, attention {rows.base.attention.name}",
+        "Gists begin": f"at step {phases[-1].first_step}, before that everything is seen as tokens "
+        f"({rows.base.attention.name})",
         "FLOPs per token with gists": f"{rows.flops_per_token:,.0f}, "
         f"{rows.flops_per_token / rows.cfg.flops_per_token():.2f} times dense",
     }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megacontext_jax.context.gist_rows import GistRows, RowMixture, row_rope
+from megacontext_jax.context.gist_rows import GistRows, row_rope
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.errors import UserError
 from megacontext_jax.model import gpt
@@ -29,10 +29,10 @@ CFG = GPTConfig(
 )
 
 
-def rows_objective(cfg=CFG, implementation=None, **mixture) -> GistRows:
+def rows_objective(cfg=CFG, **options) -> GistRows:
     base = make_objective(cfg, attention_impl="auto", dtype="float32")
     blocks = replace(cfg, n_kv_head=cfg.n_head, n_layer=1, attention="dense", window_pattern="L")
-    return GistRows(base, GistConfig(blocks, block=cfg.gist_block), RowMixture(**mixture), implementation)
+    return GistRows(base, GistConfig(blocks, block=cfg.gist_block), **options)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_implementations_agree_on_the_whole_model(ids_BT):
     params = _moved(rows_objective().init(jax.random.key(0)))
     found = {}
     for name in ("xla", "reference"):
-        objective = rows_objective(implementation=name, regression_weight=0.02)
+        objective = rows_objective(implementation=name)
         found[name] = jax.jit(jax.value_and_grad(objective.loss, has_aux=True))(
             params, batch_of(ids_BT), jax.random.key(0)
         )
@@ -96,21 +96,6 @@ def test_implementations_agree_on_the_whole_model(ids_BT):
     assert 0 < metrics["mc/gist_regression_loss"] < 2
     assert set(metrics) == {f"mc/gist_regression_loss{x}" for x in ("", "/level_1", "/level_2")}
     assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(grads["gistnet"]))
-
-
-def test_a_share_of_the_calls_is_dense(ids_BT):
-    params = _moved(rows_objective().init(jax.random.key(0)))
-    losses = {}
-    for share in (0.0, 0.5, 1.0):
-        run = jax.jit(rows_objective(raw_share=share, regression_weight=0.0).loss)
-        losses[share] = [float(run(params, batch_of(ids_BT), jax.random.key(i))[0]) for i in range(8)]
-    dense, gist = losses[1.0][0], losses[0.0][0]
-    assert dense != pytest.approx(gist, abs=1e-3)
-    mixed = [x == pytest.approx(dense, abs=1e-3) for x in losses[0.5]]
-    assert 0 < sum(mixed) < 8
-    assert all(
-        x == pytest.approx(dense if d else gist, abs=1e-3) for x, d in zip(losses[0.5], mixed, strict=True)
-    )
 
 
 def test_a_sequence_shorter_than_a_block(ids_BT):
@@ -128,7 +113,7 @@ def test_work_is_counted():
     dense = replace(long, attention="dense").flops_per_token()
     gist = rows_objective(long, regression_weight=0.0).flops_per_token
     assert gist < dense
-    assert rows_objective(long, raw_share=1.0).flops_per_token == dense
+    assert gist < rows_objective(long).flops_per_token
 
 
 def test_sliding_has_the_budget_of_gist_attention():

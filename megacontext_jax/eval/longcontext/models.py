@@ -9,7 +9,7 @@ import numpy as np
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax.config import StageConfig
-from megacontext_jax.context.gist_rows import GistRows, RowMixture
+from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import fewest_entries
 from megacontext_jax.context.lensnet import LensConfig
@@ -97,9 +97,7 @@ def rows_for(task: Task, size: Size, attention: str) -> GistRows | Objective:
     if attention == "sliding":
         return base
     blocks = replace(cfg, n_layer=2, attention="dense", vocab_size=64)
-    return GistRows(
-        base, GistConfig(blocks, block=task.block), RowMixture(raw_share=0.5, regression_weight=0.0)
-    )
+    return GistRows(base, GistConfig(blocks, block=task.block), regression_weight=0.0)
 
 
 Say = Callable[[int, float], None]
@@ -117,9 +115,12 @@ def train(task: Task, size: Size, kind: str, seed: int, progress: Say = lambda s
 
 
 def train_rows(task: Task, size: Size, attention: str, seed: int, progress: Say = lambda step, loss: None):
-    """(parameters, seconds) of a model with gist or sliding attention."""
+    """(parameters, seconds) of a model with gist or sliding attention; every other step is dense."""
     task = at_training(task)
-    return fit([rows_for(task, size, attention)], task, size, seed, progress)
+    objective = rows_for(task, size, attention)
+    base = objective.base if attention == "gist" else objective
+    dense = replace(base, cfg=replace(base.cfg, attention="dense"))
+    return fit([objective, dense], task, size, seed, progress)
 
 
 def at_training(task: Task) -> Task:
