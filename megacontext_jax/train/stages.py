@@ -85,11 +85,13 @@ def prepare(config: Config, stage: str) -> Setup:
         mesh=mesh,
     )
     model, objective = settle_windows(config, model, objective, fixed=source is not None)
-    source_meta = {} if source is None else meta
-    parts = context_parts(config, model, source_meta)
+    source_meta, source_name = ({}, "") if source is None else (meta, source.name)
+    source_context = context_setup.saved_context(source_meta)
+    parts = context_parts(config, model, source_context, source_name)
     if parts is not None:
-        had_context = context_setup.saved_context(source_meta) is not None
-        phases = context_setup.phases(config.mc, objective, parts, num_iterations, shrink=not had_context)
+        phases = context_setup.phases(
+            config.mc, objective, parts, num_iterations, shrink=source_context is None
+        )
     elif model.attention == "gist":
         gist = row_setup.gist_config(config, model, context_setup.saved_gist(source_meta))
         phases = row_setup.phases(config, objective, gist, num_iterations, first_stage=source is None)
@@ -203,12 +205,13 @@ def probe_detail(opts) -> Detail:
     )
 
 
-def context_parts(config: Config, model: GPTConfig, source_meta: dict) -> ContextConfig | None:
+def context_parts(
+    config: Config, model: GPTConfig, saved: ContextConfig | None, source_name: str
+) -> ContextConfig | None:
     """GistNet and LensNet of this stage: those of the run it starts from, or new ones; None without --mc."""
-    saved = context_setup.saved_context(source_meta)
     if not config.run.mc:
         if saved and model.attention != "gist":
-            print0("Note: the run before has GistNet and LensNet; without --mc this stage leaves them out.")
+            print0(f"Note: {source_name} has GistNet and LensNet; without --mc this stage leaves them out.")
         return None
     for flag in context_setup.without_effect(config.mc):
         print0(f"Note: {flag} has no effect in this version.")

@@ -33,12 +33,19 @@ def finish(process: subprocess.Popen) -> dict:
 
 @pytest.fixture(scope="module")
 def single():
-    return {name: finish(start(1, 1, 1, 1, name)) for name in ("adamw", "muon", "latest")}
+    return {name: finish(start(1, 1, 1, 1, name)) for name in ("adamw", "muon", "latest", "gist")}
 
 
 @pytest.mark.parametrize(
     ("data", "fsdp", "tensor", "optimizer"),
-    [(8, 1, 1, "muon"), (1, 8, 1, "muon"), (2, 4, 1, "adamw"), (2, 2, 2, "muon"), (2, 2, 2, "latest")],
+    [
+        (8, 1, 1, "muon"),
+        (1, 8, 1, "muon"),
+        (2, 4, 1, "adamw"),
+        (2, 2, 2, "muon"),
+        (2, 2, 2, "latest"),
+        (2, 2, 2, "gist"),
+    ],
 )
 def test_eight_devices_give_the_single_device_curve(single, data, fsdp, tensor, optimizer):
     run = finish(start(8, data, fsdp, tensor, optimizer))

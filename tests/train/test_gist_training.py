@@ -1,0 +1,150 @@
+"""Training with gist attention through the real scripts: stages, continued, another pattern, judged and asked."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from megacontext_jax.cli import parse
+from megacontext_jax.errors import UserError
+from megacontext_jax.infer.load import load_model
+from megacontext_jax.telemetry import names
+from scripts import base_train, chat_eval
+from tests.test_recipe import ROOT, N, command, environment, run
+
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
+ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32", "--gistnet-layers", "1")
+GIST = (*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8")
+SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_compile():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", QUICK)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A base run with gist attention, and under the tag dense a short one without."""
+    folder = tmp_path_factory.mktemp("gists")
+    run(folder, "prepare_data")
+    run(folder, "tok_train")
+    (folder / "said.txt").write_text(run(folder, "base_train", *GIST))
+    run(folder, "base_train", "--tag", "dense", *SHORT)
+    return folder
+
+
+@pytest.fixture
+def here(trained, monkeypatch):
+    for name, value in environment(trained).items():
+        monkeypatch.setenv(name, value)
+    return trained
+
+
+def flags(*words: str) -> list[str]:
+    return ["--config", "tests/tiny.yaml", *words]
+
+
+def records(folder, run_name: str) -> list[dict]:
+    path = folder / "artifacts" / run_name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(folder) -> list[tuple[int, float]]:
+    found = records(folder, "megacontext_base_d1")
+    return [(record["step"], record["train/loss_step"]) for record in found if "train/loss_step" in record]
+
+
+def test_a_run_says_what_it_is_and_speaks(trained):
+    said = (trained / "said.txt").read_text()
+    assert "gist attention (blocks of 4, window 8, 1 middle span(s), 2 level(s), gaussian positions)" in said
+    assert "xla (not mosaic_gpu: this machine has no NVIDIA GPU)" in said
+    assert said.count("Compiled the training step") == 2  # dense at first
+    assert " -> " in said  # samples
+    found = records(trained, "megacontext_base_d1")
+    own = {name for record in found for name in record if name.startswith("mc/")}
+    assert own == {f"mc/gist_regression_loss{x}" for x in ("", "/level_1", "/level_2")}
+    assert all(names.is_known(name) for name in own)
+    begin = round(0.3 * N)
+    assert [r["step"] for r in found if "mc/gist_regression_loss" in r] == list(range(begin, N))
+
+
+def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
+    shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
+    process = subprocess.Popen(
+        command("base_train", *GIST), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
+    )
+    saved = tmp_path / "artifacts/megacontext_base_d1/000006"
+    deadline = time.monotonic() + 200
+    while not saved.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *GIST)
+    assert losses(tmp_path) == losses(trained)
+
+
+def test_later_stages_and_evaluators_keep_the_pattern(trained):
+    said = run(trained, "mid_train", *SHORT)
+    assert "megacontext_base_d1 has gist attention (blocks of 4, window 8" in said
+    assert "begin here" not in said
+    said = run(trained, "chat_eval", "-i", "mid", "--num-examples", "2", "-a", "facts")
+    assert "accuracy" in said
+    assert "bits per byte" in run(trained, "base_loss", "-i", "base")
+    assert run(trained, "chat_cli", "-i", "mid", "--prompt", "2 + 2?").strip()
+
+
+def test_another_pattern_is_told(trained):
+    said = run(
+        trained,
+        "base_loss",
+        "-i",
+        "base",
+        "--attention",
+        "sliding",
+        "--block-size",
+        "4",
+        "--gist-window",
+        "8",
+    )
+    assert "was trained with gist attention" in said
+    assert "here it runs with sliding attention over" in said
+
+
+def test_a_dense_base_gets_gists_in_a_later_stage(trained):
+    said = run(trained, "mid_train", "--tag", "dense", *GIST, "--num-iterations", "3", "--eval-every", "-1")
+    assert "megacontext_base_dense was trained with dense attention; here it runs with gist attention" in said
+    assert "megacontext_base_dense has no GistNet; they begin here." in said
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "sentence"),
+    [
+        (base_train, (*GIST, "--mc"), "choose one"),
+        (base_train, (*GIST, "--gist-site", "embedding"), "--mc trains"),
+        (base_train, (*GIST, "--gist-positions", "rank"), "rank"),
+        (base_train, (*GIST, "--gist-window", "9"), "multiple of block"),
+        (base_train, (*GIST, "--gist-raw-share", "1"), "--gist-raw-share"),
+        (base_train, (*GIST, "--require-fused"), "fused kernel is required"),
+        (base_train, (*GIST, "--attention-impl", "mosaic_gpu"), "no NVIDIA GPU"),
+        (base_train, (*GIST, "--gist-levels", "3"), "gist_levels"),
+        (chat_eval, (*GIST, "-i", "base", "--tag", "dense"), "has no GistNet"),
+        (chat_eval, (*GIST, "-i", "base", "--block-size", "8"), "--block-size 4"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(here, script, words, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        script.main(flags(*words))
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_may_be_judged_with_more_levels(here):
+    model = load_model(parse(flags(*GIST, "-i", "base", "--gist-levels", "4"), doc=""))
+    assert model.objective.cfg.gist_levels == 4
