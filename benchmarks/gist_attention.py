@@ -14,7 +14,6 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
 from benchmarks.common import gemm_gflops, machine
 from kernels_pallas import GistSpec, gist_attention
@@ -75,7 +74,7 @@ def measure(problem: Problem, rounds: int, rate: float) -> dict:
                 seconds[name].append(time.perf_counter() - started)
     T = problem.tokens
     flops_per_pair = 14 * problem.heads * problem.head_dim
-    floors = {"dense": T * (T + 1) / 2, "gist": pairs(problem)}
+    floors = {"dense": T * (T + 1) / 2, "gist": problem.pairs()}
     return {f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()} | {
         f"{name}_floor_ms": round(count * flops_per_pair / rate / 1e6, 2) for name, count in floors.items()
     }
@@ -84,15 +83,6 @@ def measure(problem: Problem, rounds: int, rate: float) -> dict:
 def grads(fn):
     return jax.jit(
         jax.grad(lambda *x: sum((o * o).sum() for o in jax.tree.leaves(fn(*x))), argnums=(0, 1, 2))
-    )
-
-
-def pairs(problem: Problem) -> int:
-    """Pairs of query and key that are seen, of all levels."""
-    return sum(
-        int((stop - start).sum())
-        for level, rows in enumerate(problem.spec.rows(problem.tokens))
-        for start, stop in problem.spec.key_ranges(level, np.arange(rows))
     )
 
 

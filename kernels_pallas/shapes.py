@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.spec import GistSpec
 
@@ -15,6 +16,14 @@ class Problem(NamedTuple):
     heads: int = 2
     key_heads: int = 1
     head_dim: int = 16
+
+    def pairs(self) -> int:
+        """Pairs of query and key that are seen, of all levels."""
+        return sum(
+            int((stop - start).sum())
+            for level, rows in enumerate(self.spec.rows(self.tokens))
+            for start, stop in self.spec.key_ranges(level, np.arange(rows))
+        )
 
     def arrays(self, seed: int = 0, dtype=jnp.float32):
         """q, k, v and an output gradient: per-level tuples of normal numbers."""
