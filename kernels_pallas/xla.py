@@ -53,17 +53,17 @@ class Plan(NamedTuple):
     stop_NLQ: np.ndarray
 
 
-def tile_tokens(spec: GistSpec) -> int:
+def tile_tokens(spec: GistSpec, T: int) -> int:
     """A multiple of the longest span that fits into a tile."""
-    span = spec.block
-    while span * spec.block <= TILE:
+    wanted, span = min(TILE, T), spec.block
+    while span * spec.block <= wanted:
         span *= spec.block
-    return span * max(1, round(TILE / span))
+    return span * max(1, round(wanted / span))
 
 
 @lru_cache(maxsize=64)
 def plan_tiles(spec: GistSpec, T: int) -> Plan:
-    tile, sizes = tile_tokens(spec), spec.rows(T)
+    tile, sizes = tile_tokens(spec, T), spec.rows(T)
     N = -(-T // tile)
     asked, query, places, ends, Q, before = [], [], [], [], 0, 0
     for level, rows in enumerate(sizes):

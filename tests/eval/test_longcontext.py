@@ -101,14 +101,15 @@ def test_tasks_are_chosen_by_name():
     assert "\n" not in str(error.value)
 
 
-SIZE = models.Size(depth=1, width=32, heads=2, steps=2, rows=8)
+SIZE = models.Size(depth=1, row_depth=1, width=32, heads=2, steps=2, rows=8)
 RUN = """
 import sys
 from pathlib import Path
 from megacontext_jax.eval.longcontext import columns, models, suite
 from tests.eval.test_longcontext import SIZE
 columns.QUESTIONS = suite.QUESTIONS = columns.ROWS  # one batch
-suite.run(suite.choose("mqar_4x"), SIZE, 0, Path(sys.argv[1]))
+for run in (suite.run, suite.run_rows):
+    run(suite.choose("mqar_4x"), SIZE, 0, Path(sys.argv[1]))
 """
 
 
@@ -133,10 +134,11 @@ def test_a_run_fills_every_column(ran):
     folder, said = ran
     results, notes = json.loads((folder / suite.RESULTS).read_text()), suite.read_notes(folder)
     (row,) = results.values()
-    assert set(row) == {*columns.COLUMNS, "chance"}
+    assert set(row) == {*columns.COLUMNS, *columns.ATTENTIONS, "chance"}
     assert row["chance"] == 1 / 32
     assert all(0 <= accuracy <= 1 for accuracy in row.values())
     assert notes["mqar_4x"]["entries"] == {"gists alone": 12, "budget": 15}
+    assert notes["mqar_4x"]["keys per token"] == 4 + 5  # its own block, and all earlier ones as gists
     assert (folder / notes["mqar_4x"]["picture"]).read_bytes().startswith(b"\x89PNG")
     assert "mqar_4x: full " in said
     table = suite.table(results, notes)
@@ -156,8 +158,13 @@ def test_a_finished_task_is_not_run_again(ran, tmp_path, monkeypatch):
     before = json.loads((tmp_path / suite.RESULTS).read_text())
     assert suite.run(tasks, SIZE, 0, tmp_path) == before
     assert trained == []
-    suite.run(tasks, replace(SIZE, steps=3), 0, tmp_path)
+    monkeypatch.setattr(suite, "train_rows", lambda *args: trained.append(args[2]) or ({}, 0.0))
+    suite.run_rows(tasks, SIZE, 0, tmp_path)
+    assert trained == []
+    after = suite.run(tasks, replace(SIZE, steps=3), 0, tmp_path)
     assert trained == ["transformer", "mean"]  # another size is another row
+    assert "gist_attention" in before["mqar_4x"]
+    assert set(after["mqar_4x"]) == {"chance"}  # beside which nothing of the old one stands
 
 
 def test_a_damaged_table_is_named(tmp_path):

@@ -239,7 +239,7 @@ def test_calls_that_do_not_fit_are_refused():
     problem = EDGES["odd length"]
     q, k, v, _ = problem.arrays()
     call = partial(gist_attention, spec=problem.spec)
-    with pytest.raises(Refused, match=r"no implementation 'cuda'; choose from xla, reference"):
+    with pytest.raises(Refused, match=r"no implementation 'cuda'; choose from mosaic_gpu, xla, reference"):
         call(q, k, v, implementation="cuda")
     with pytest.raises(ValueError, match=r"2, 3 and 3 levels of q, k, v; the spec has 3"):
         call(q[:2], k, v)

@@ -10,12 +10,16 @@ from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.focus import focus, seed_layout
 from megacontext_jax.context.layout import Layout, raw_layout
 from megacontext_jax.context.objective import ContextObjective
-from megacontext_jax.eval.longcontext.models import budget, objective_for
+from megacontext_jax.eval.longcontext.models import budget, objective_for, rows_for
 from megacontext_jax.eval.longcontext.tasks import Task
 from megacontext_jax.model.loss import capped_logits
 
 LENSES = ("learned", "attention", "lexical", "random", "oracle")
 COLUMNS = ("full", "sliding", "mean", "gist", *(f"gist_lens_{lens}" for lens in LENSES))
+ATTENTIONS = {
+    "gist_attention": "gist",
+    "sliding_attention": "sliding",
+}  # models of their own, --attention gist
 QUESTIONS = 512  # sequences per task
 ROWS = 64
 
@@ -36,6 +40,30 @@ def evaluate(task: Task, size, learned, mean, seed: int) -> dict[str, float]:
         for name, value in found.items():
             totals[name] = totals.get(name, 0.0) + float(value) / (QUESTIONS // rows)
     return {name: totals[name.removeprefix("gist_lens_")] for name in COLUMNS}
+
+
+def evaluate_rows(task: Task, size, params: dict, seed: int) -> dict[str, float]:
+    """Accuracy of the models {column: parameters} with gist and with sliding attention."""
+    scores = {
+        column: jax.jit(partial(_score_rows, rows_for(task, size, ATTENTIONS[column]), task))
+        for column in params
+    }
+    rng = np.random.default_rng(10_000 + seed)
+    rows = max(8, min(ROWS, ROWS * 256 // task.tokens))
+    totals = dict.fromkeys(params, 0.0)
+    for _ in range(QUESTIONS // rows):
+        batch = task.make(rng, rows, task.tokens, True)
+        for column, score in scores.items():
+            totals[column] += float(score(params[column], batch)) / (QUESTIONS // rows)
+    return totals
+
+
+def _score_rows(objective, task: Task, params, batch):
+    hidden = objective.hidden(params, batch["inputs"])
+    x_BTC = hidden[0] if isinstance(hidden, tuple) else hidden
+    cfg = objective.cfg
+    logits_BAV = capped_logits(x_BTC[:, -task.asked :], params["lm_head"], cfg.logit_cap, cfg.vocab_size)
+    return (logits_BAV.argmax(-1) == batch["targets"][:, -task.asked :]).mean()
 
 
 def allocator_for(task: Task) -> AllocatorConfig:

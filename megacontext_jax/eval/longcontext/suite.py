@@ -3,18 +3,20 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from megacontext_jax.errors import UserError
-from megacontext_jax.eval.longcontext.columns import COLUMNS, QUESTIONS, evaluate
-from megacontext_jax.eval.longcontext.models import Size, budget, smallest, train
+from megacontext_jax.eval.longcontext.columns import ATTENTIONS, COLUMNS, QUESTIONS, evaluate, evaluate_rows
+from megacontext_jax.eval.longcontext.models import Size, budget, rows_for, smallest, train, train_rows
 from megacontext_jax.eval.longcontext.pictures import draw_focus
 from megacontext_jax.eval.longcontext.tasks import TASKS, Task
 from megacontext_jax.telemetry.progress import Progress
 from megacontext_jax.telemetry.sinks import write_atomic
 
+SHOWN = (*COLUMNS, *ATTENTIONS)
 RESULTS = "long_context.json"
 NOTES = "long_context_runs.json"
 
@@ -30,38 +32,73 @@ def choose(names: str) -> list[Task]:
 
 def run(tasks: list[Task], size: Size, seed: int, folder: Path, say: Callable[[str], None] = print) -> dict:
     """{task: {column: accuracy, "chance": y}} of all tasks, also in `folder`; finished tasks are not run again."""
-    results, notes = _read(folder / RESULTS), _read(folder / NOTES)
-    families: dict[str, list[Task]] = {}
-    for task in tasks:
-        mark = {"size": asdict(size), "seed": seed, "questions": QUESTIONS}
-        if notes.get(task.name, {}).get("mark") != mark:
-            families.setdefault(task.family, []).append(task)
-    for family, members in families.items():
+    book = Book(folder, {"size": asdict(size), "seed": seed, "questions": QUESTIONS})
+    for family, members in book.missing(tasks, "mark").items():
         params, seconds = {}, {}
         for kind in ("transformer", "mean"):
             label = f"{family}, {'learned' if kind == 'transformer' else 'mean'} gists"
             with Progress(label, size.steps, unit="steps") as progress:
-                params[kind], seconds[kind] = train(
-                    members[0], size, kind, seed, lambda step, loss, bar=progress: _advance(bar, step, loss)
-                )
+                params[kind], seconds[kind] = train(members[0], size, kind, seed, partial(_advance, progress))
         for task in members:
             found = evaluate(task, size, params["transformer"], params["mean"], seed)
-            results[task.name] = found | {"chance": task.chance}
-            notes[task.name] = {
-                "mark": {"size": asdict(size), "seed": seed, "questions": QUESTIONS},
-                "about": task.about,
-                "tokens": task.tokens,
-                "entries": {"gists alone": smallest(task), "budget": budget(task)},
-                "plateau": task.plateau,
-                "training_seconds": seconds,
-            }
             picture = draw_focus(task, size, params["transformer"], folder / f"focus_{task.name}.png")
-            notes[task.name]["picture"] = picture.name
-            write_atomic(folder / RESULTS, json.dumps(results, indent=2) + "\n")
-            write_atomic(folder / NOTES, json.dumps(notes, indent=2) + "\n")
-            say(line(task.name, results[task.name]))
+            facts = {
+                "entries": {"gists alone": smallest(task), "budget": budget(task)},
+                "training_seconds": seconds,
+                "picture": picture.name,
+            }
+            book.enter(task, found, facts, "mark")
+            say(line(task.name, found | {"chance": task.chance}))
         jax.clear_caches()
-    return {task.name: results[task.name] for task in tasks}
+    return {task.name: book.results[task.name] for task in tasks}
+
+
+def run_rows(
+    tasks: list[Task], size: Size, seed: int, folder: Path, say: Callable[[str], None] = print
+) -> dict:
+    """As `run`, for the columns of models with gist attention and with a sliding window of equal budget."""
+    book = Book(folder, {"size": asdict(size), "seed": seed, "questions": QUESTIONS})
+    for family, members in book.missing(tasks, "mark_rows").items():
+        params, seconds = {}, {}
+        for column, attention in ATTENTIONS.items():
+            with Progress(f"{family}, {attention} attention", size.steps, unit="steps") as progress:
+                params[column], seconds[attention] = train_rows(
+                    members[0], size, attention, seed, partial(_advance, progress)
+                )
+        for task in members:
+            found = evaluate_rows(task, size, params, seed)
+            keys = int(rows_for(task, size, "gist").cfg.keys_per_token().max())
+            book.enter(task, found, {"keys per token": keys, "row_training_seconds": seconds}, "mark_rows")
+            say(line(task.name, found | {"chance": task.chance}))
+        jax.clear_caches()
+    return {task.name: book.results[task.name] for task in tasks}
+
+
+class Book:
+    """The two files of results: accuracies for readers, and how they came about."""
+
+    def __init__(self, folder: Path, mark: dict):
+        self.folder, self.mark = folder, mark
+        self.results, self.notes = _read(folder / RESULTS), _read(folder / NOTES)
+
+    def missing(self, tasks: list[Task], part: str) -> dict[str, list[Task]]:
+        """Tasks by family of which `part` of the columns was not found with these settings."""
+        families: dict[str, list[Task]] = {}
+        for task in tasks:
+            if self.notes.get(task.name, {}).get(part) != self.mark:
+                families.setdefault(task.family, []).append(task)
+        return families
+
+    def enter(self, task: Task, found: dict, facts: dict, part: str) -> None:
+        about = {"about": task.about, "tokens": task.tokens, "plateau": task.plateau, part: self.mark}
+        # columns found with other settings do not stand beside these
+        other = {"mark": "mark_rows", "mark_rows": "mark"}[part]
+        stale = self.notes.get(task.name, {}).get(other) not in (None, self.mark)
+        before = ({}, {}) if stale else (self.results.get(task.name, {}), self.notes.get(task.name, {}))
+        self.results[task.name] = before[0] | found | {"chance": task.chance}
+        self.notes[task.name] = before[1] | about | facts
+        write_atomic(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
+        write_atomic(self.folder / NOTES, json.dumps(self.notes, indent=2) + "\n")
 
 
 def _advance(progress, step: int, loss) -> None:
@@ -71,13 +108,14 @@ def _advance(progress, step: int, loss) -> None:
 
 
 def line(name: str, row: dict) -> str:
-    cells = ", ".join(f"{column} {100 * row[column]:.1f}" for column in COLUMNS if column in row)
+    cells = ", ".join(f"{column} {100 * row[column]:.1f}" for column in SHOWN if column in row)
     return f"{name}: {cells} (chance {100 * row['chance']:.1f} %)"
 
 
 def table(results: dict, notes: dict) -> list[list[str]]:
     """Rows of cells, the header first; accuracies in percent."""
-    short = [column.replace("gist_lens_", "+ ") for column in COLUMNS]
+    shown = [column for column in SHOWN if any(column in row for row in results.values())]
+    short = [column.replace("gist_lens_", "+ ") for column in shown]
     rows = [["Task", "tokens", "entries", "chance", "plateau", *short]]
     for name, row in results.items():
         note = notes.get(name, {})
@@ -89,7 +127,7 @@ def table(results: dict, notes: dict) -> list[list[str]]:
                 f"{entries.get('gists alone', '')} / {entries.get('budget', '')}",
                 f"{100 * row['chance']:.1f}",
                 f"{100 * note['plateau']:.0f}" if "plateau" in note else "",
-                *(f"{100 * row[column]:.1f}" if column in row else "-" for column in COLUMNS),
+                *(f"{100 * row[column]:.1f}" if column in row else "-" for column in shown),
             ]
         )
     return rows
