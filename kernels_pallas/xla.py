@@ -1,15 +1,16 @@
 """Gist attention in plain XLA, tile by tile: memory O(T), work proportional to the keys that are seen.
 
-A tile holds a run of tokens and the gist rows whose spans end among them. Its keys are a run of rows of every
-level: the tokens of its window, the middle of each middle level, all rows of the last level so far. Both passes are
-loops over tiles that slice these runs; the backward one recomputes the probabilities from the saved log-sum-exp and
-adds to the gradients of the runs in place.
+A tile is a run of tokens with the gist rows that end in it. Its keys are one contiguous window per level, laid side
+by side, so that a tile is one product, one softmax and one product. The backward pass computes the probabilities
+again from the saved log-sum-exp and adds into the gradients of the windows in place. Tiles with windows of about the
+same size run in one loop, so that what is compiled does not grow with the sequence. Rows of the upper levels, whose
+spans are longer than a tile, are few: each is a tile of its own.
 
-Shape suffixes: B batch, K key heads, G queries per key head, R rows of all levels side by side, S rows of a level, N
-tiles, Q queries of a tile, W keys of a tile, L levels, D head size.
+Shape suffixes: B batch, K key heads, G queries per key head, H = K G, N = B K, T rows of a level, Q queries of a
+tile, W keys of a tile, D head size.
 """
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,237 +21,240 @@ from kernels_pallas.reference import NEG
 from kernels_pallas.spec import GistSpec
 
 TILE = 128  # tokens of a tile, about
-SEGMENT = 64  # rows of the last level by which the part that tiles look at grows, at least
-SEGMENTS = 8  # and into how many parts it is cut at most
+WASTE = (
+    1.25  # a loop goes on as long as its windows are no more than this much larger than its first tile needs
+)
 
 
 def gist_attention_xla(q, k, v, spec: GistSpec, segment_ids, scale: float) -> tuple:
     """Per-level outputs. Scores, softmax and sums are float32."""
-    B, T, H, D = q[0].shape
-    K, sizes = k[0].shape[2], spec.rows(T)
-    q_BKGRD = jnp.concatenate(q, axis=1).transpose(0, 2, 1, 3).reshape(B, K, H // K, -1, D)
-    keys, values = ([_some(x).transpose(0, 2, 1, 3) for x in rows] for rows in (k, v))
-    o_BKGRD = _attention(q_BKGRD, keys, values, segment_ids, spec, T, scale)
-    o_BRHD = o_BKGRD.reshape(B, H, -1, D).transpose(0, 2, 1, 3)
-    return tuple(jnp.split(o_BRHD, np.cumsum(sizes)[:-1], axis=1))
+    B, _, H, D = q[0].shape
+    K = k[0].shape[2]
+    q_NGTD = tuple(x.transpose(0, 2, 1, 3).reshape(B * K, H // K, -1, D) for x in q)
+    k_NTD, v_NTD = (tuple(x.transpose(0, 2, 1, 3).reshape(B * K, -1, D) for x in xs) for xs in (k, v))
+    out = _attention(q_NGTD, k_NTD, v_NTD, _documents(segment_ids, spec), spec, scale)
+    return tuple(o_NGTD.reshape(B, H, -1, D).transpose(0, 2, 1, 3) for o_NGTD in out)
 
 
-def _some(x_BSHD):
-    """At least one row, so that there is something to slice; it is never seen."""
-    return x_BSHD if x_BSHD.shape[1] else jnp.pad(x_BSHD, ((0, 0), (0, 1), (0, 0), (0, 0)))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, documents, spec: GistSpec, scale: float):
+    return _forward(q, k, v, documents, spec, scale)[0]
 
 
-# --- Which rows a tile asks for and looks at: known before anything runs ------------------------------------
+def _forward(q, k, v, documents, spec: GistSpec, scale: float):
+    def step(tile: Tile, out):
+        o, lse = out
+        s_NGQW = _scores(tile, q, k, documents, scale)[0]
+        top_NGQ1 = s_NGQW.max(
+            -1, keepdims=True
+        )  # no row is without a key: it sees the last token of its span
+        e_NGQW = jnp.exp(s_NGQW - top_NGQ1)
+        sum_NGQ1 = e_NGQW.sum(-1, keepdims=True)
+        o_NGQD = _product(e_NGQW.astype(v[0].dtype), tile.keys(v), 3, 1) / sum_NGQ1
+        return tile.put(o, o_NGQD), tile.put(lse, top_NGQ1 + jnp.log(sum_NGQ1))
+
+    o = tuple(jnp.zeros_like(x) for x in q)
+    lse = tuple(jnp.zeros((*x.shape[:3], 1), jnp.float32) for x in q)
+    o, lse = _each_tile(spec, q[0].shape[2], step, (o, lse))
+    return o, (q, k, v, documents, o, lse)
 
 
-class Plan(NamedTuple):
-    query_NQ: np.ndarray  # the row that each slot of a tile asks for; any where it has none
-    place_R: np.ndarray  # where in [N * Q] each row stands
-    last_NQ: np.ndarray  # last token of each query's span
-    start_NL: np.ndarray  # first row of the tile's run of each level
-    width_L: tuple[int, ...]  # and how many rows it has; of the last level, in the last tile
-    first_NLQ: np.ndarray  # the rows that each query sees, counted from the start of the run
-    stop_NLQ: np.ndarray
+def _backward(spec: GistSpec, scale: float, saved, do):
+    q, k, v, documents, o, lse = saved
 
-
-def tile_tokens(spec: GistSpec, T: int) -> int:
-    """A multiple of the longest span that fits into a tile."""
-    wanted, span = min(TILE, T), spec.block
-    while span * spec.block <= wanted:
-        span *= spec.block
-    return span * max(1, round(wanted / span))
-
-
-@lru_cache(maxsize=64)
-def plan_tiles(spec: GistSpec, T: int) -> Plan:
-    tile, sizes = tile_tokens(spec, T), spec.rows(T)
-    N = -(-T // tile)
-    asked, query, places, ends, Q, before = [], [], [], [], 0, 0
-    for level, rows in enumerate(sizes):
-        span, row_S = spec.block**level, np.arange(rows)
-        tile_S = ((row_S + 1) * span - 1) // tile
-        slot_S = row_S - np.searchsorted(tile_S, tile_S)
-        asked_NQ = np.full((N, max(1, tile // span)), -1)
-        asked_NQ[tile_S, slot_S] = row_S
-        asked.append(asked_NQ)
-        query.append(np.where(asked_NQ < 0, 0, asked_NQ + before))
-        places.append((tile_S, Q + slot_S))
-        ends.append(np.clip((asked_NQ + 1) * span - 1, 0, T - 1))
-        Q, before = Q + asked_NQ.shape[1], before + rows
-    ranges = [spec.key_ranges(level, np.maximum(asked_NQ, 0)) for level, asked_NQ in enumerate(asked)]
-    starts, widths, firsts, stops = [], [], [], []
-    for m, rows in enumerate(sizes):
-        first_NQ, stop_NQ = (
-            np.concatenate([found[m][end] + 0 * a for found, a in zip(ranges, asked, strict=True)], axis=1)
-            for end in (0, 1)
+    def step(tile: Tile, grads):
+        dq, dk, dv = grads
+        s_NGQW, q_NGQD, k_NWD = _scores(tile, q, k, documents, scale)
+        do_NGQD, o_NGQD = tile.queries(do), tile.queries(o)
+        delta_NGQ1 = (do_NGQD.astype(jnp.float32) * o_NGQD.astype(jnp.float32)).sum(-1, keepdims=True)
+        p_NGQW = jnp.exp(s_NGQW - tile.queries(lse))
+        dp_NGQW = _product(do_NGQD, tile.keys(v), 3, 2)
+        ds_NGQW = (p_NGQW * (dp_NGQW - delta_NGQ1)).astype(q_NGQD.dtype)
+        dq_NGQD = _product(ds_NGQW, k_NWD, 3, 1) * scale
+        return (
+            tile.put(dq, dq_NGQD),
+            tile.add(dk, _sum_over_queries(ds_NGQW, q_NGQD)),
+            tile.add(dv, _sum_over_queries(p_NGQW.astype(do_NGQD.dtype), do_NGQD)),
         )
-        seen_NQ = (np.concatenate(asked, axis=1) >= 0) & (stop_NQ > first_NQ)
-        begin_N = np.where(seen_NQ, first_NQ, rows).min(1) * (m < spec.levels)
-        width = max(1, int((np.where(seen_NQ, stop_NQ, 0).max(1) - begin_N).max()))
-        begin_N = np.clip(begin_N, 0, max(0, rows - width))
-        starts.append(begin_N)
-        widths.append(width)
-        firsts.append(np.where(seen_NQ, first_NQ - begin_N[:, None], 0))
-        stops.append(np.where(seen_NQ, stop_NQ - begin_N[:, None], 0))
-    return Plan(
-        np.concatenate(query, axis=1),
-        np.concatenate([tile_S * Q + slot_S for tile_S, slot_S in places]),
-        np.concatenate(ends, axis=1),
-        np.stack(starts, axis=1).astype(np.int32),
-        tuple(widths),
-        np.stack(firsts, axis=1).astype(np.int32),
-        np.stack(stops, axis=1).astype(np.int32),
-    )
 
-
-def _segments(plan: Plan) -> list[tuple[slice, tuple[int, ...]]]:
-    """Runs of tiles, and how wide theirs are: the last level's grows from segment to segment."""
-    N, rows = len(plan.start_NL), plan.width_L[-1]
-    count = max(1, min(SEGMENTS, -(-rows // SEGMENT), N))
-    parts = [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(np.arange(N), count)]
-    return [(part, (*plan.width_L[:-1], max(1, int(plan.stop_NLQ[part, -1].max())))) for part in parts]
-
-
-# --- The two passes -----------------------------------------------------------------------------------------
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q_BKGRD, keys, values, segment_ids, spec, T, scale):
-    return _forward(q_BKGRD, keys, values, segment_ids, spec, T, scale)[0]
-
-
-class Tile(NamedTuple):
-    """What the loops hand to a tile; documents are None without packed ones."""
-
-    start_L: jax.Array
-    first_LQ: jax.Array
-    stop_LQ: jax.Array
-    document_BQ: jax.Array | None
-
-
-def _forward(q_BKGRD, keys, values, segment_ids, spec, T, scale):
-    plan = plan_tiles(spec, T)
-    documents = _documents(segment_ids, spec)
-    q_NBKGQD = _to_tiles(q_BKGRD, plan)
-
-    def one(widths, _, xs):
-        tile, q_BKGQD = xs
-        k_BKWD, v_BKWD = (_runs(rows, tile, widths) for rows in (keys, values))
-        s_BKGQW = _scores(q_BKGQD, k_BKWD, tile, documents, widths, scale)
-        # above what is hidden has, so that a query that sees nothing gets nothing
-        top_BKGQ1 = jnp.maximum(s_BKGQW.max(-1, keepdims=True), NEG / 2)
-        p_BKGQW = jnp.exp(s_BKGQW - top_BKGQ1)
-        sum_BKGQ1 = jnp.maximum(p_BKGQW.sum(-1, keepdims=True), 1e-30)
-        o_BKGQD = _dot("bkgqw,bkwd->bkgqd", p_BKGQW.astype(v_BKWD.dtype), v_BKWD) / sum_BKGQ1
-        return None, (o_BKGQD.astype(q_BKGQD.dtype), top_BKGQ1 + jnp.log(sum_BKGQ1))
-
-    _, (o_NBKGQD, lse_NBKGQ1) = _loop(one, plan, segment_ids, None, q_NBKGQD)
-    return _to_rows(o_NBKGQD, plan), (q_NBKGQD, keys, values, segment_ids, o_NBKGQD, lse_NBKGQ1)
-
-
-def _backward(spec, T, scale, saved, do_BKGRD):
-    q_NBKGQD, keys, values, segment_ids, o_NBKGQD, lse_NBKGQ1 = saved
-    plan = plan_tiles(spec, T)
-    documents = _documents(segment_ids, spec)
-    do_NBKGQD = _to_tiles(do_BKGRD, plan)
-    delta_NBKGQ1 = (do_NBKGQD.astype(jnp.float32) * o_NBKGQD.astype(jnp.float32)).sum(-1, keepdims=True)
-
-    def one(widths, grads, xs):
-        tile, q_BKGQD, do_BKGQD, lse_BKGQ1, delta_BKGQ1 = xs
-        k_BKWD, v_BKWD = (_runs(rows, tile, widths) for rows in (keys, values))
-        p_BKGQW = jnp.exp(_scores(q_BKGQD, k_BKWD, tile, documents, widths, scale) - lse_BKGQ1)
-        dp_BKGQW = _dot("bkgqd,bkwd->bkgqw", do_BKGQD, v_BKWD)
-        ds_BKGQW = (p_BKGQW * (dp_BKGQW - delta_BKGQ1) * scale).astype(q_BKGQD.dtype)
-        dq_BKGQD = _dot("bkgqw,bkwd->bkgqd", ds_BKGQW, k_BKWD).astype(q_BKGQD.dtype)
-        dk_BKWD = _dot("bkgqw,bkgqd->bkwd", ds_BKGQW, q_BKGQD)
-        dv_BKWD = _dot("bkgqw,bkgqd->bkwd", p_BKGQW.astype(do_BKGQD.dtype), do_BKGQD)
-        return tuple(
-            _add_runs(g, x, tile, widths) for g, x in zip(grads, (dk_BKWD, dv_BKWD), strict=True)
-        ), dq_BKGQD
-
-    zeros = tuple([jnp.zeros(x.shape, jnp.float32) for x in rows] for rows in (keys, values))
-    grads, dq_NBKGQD = _loop(one, plan, segment_ids, zeros, q_NBKGQD, do_NBKGQD, lse_NBKGQ1, delta_NBKGQ1)
-    dkeys, dvalues = jax.tree.map(lambda g, x: g.astype(x.dtype), grads, (keys, values))
-    return _to_rows(dq_NBKGQD, plan), dkeys, dvalues, None
+    dq = tuple(jnp.zeros_like(x) for x in q)
+    dk, dv = (tuple(jnp.zeros(x.shape, jnp.float32) for x in xs) for xs in (k, v))
+    dq, dk, dv = _each_tile(spec, q[0].shape[2], step, (dq, dk, dv))
+    dk, dv = (tuple(g.astype(x.dtype) for g, x in zip(gs, xs, strict=True)) for gs, xs in ((dk, k), (dv, v)))
+    return dq, dk, dv, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _loop(one, plan: Plan, segment_ids, carry, *arrays):
-    """(carry, outputs [N, ...]) of `one(widths, carry, (tile, *arrays of the tile))` over all tiles."""
-    document_NBQ = None
-    if segment_ids is not None:
-        document_NBQ = jnp.moveaxis(segment_ids[:, plan.last_NQ], 0, 1)
-    xs = Tile(plan.start_NL, plan.first_NLQ, plan.stop_NLQ, document_NBQ), *arrays
-    outputs = []
-    for part, widths in _segments(plan):
-        some = jax.tree.map(lambda x, part=part: jnp.asarray(x[part]), xs)
-        carry, out = jax.lax.scan(partial(one, widths), carry, some)
-        outputs.append(out)
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+def _scores(tile: "Tile", q, k, documents, scale: float):
+    """Masked scores, and what they are made of: scaled queries, keys."""
+    q_NGQD, k_NWD = tile.queries(q) * scale, tile.keys(k)
+    s_NGQW = _product(q_NGQD, k_NWD, 3, 2)
+    seen = tile.seen(documents)
+    s_BKGQW = s_NGQW.reshape(seen.shape[0], -1, *s_NGQW.shape[1:])
+    return jnp.where(seen, s_BKGQW, NEG).reshape(s_NGQW.shape), q_NGQD, k_NWD
 
 
-def _scores(q_BKGQD, k_BKWD, tile: Tile, documents, widths, scale: float):
-    """Float32 scores of a tile, NEG where a query does not see a key."""
-    seen = []
-    for m, width in enumerate(widths):
-        row_W = jnp.arange(width)
-        seen.append((row_W >= tile.first_LQ[m, :, None]) & (row_W < tile.stop_LQ[m, :, None]))
-    seen_QW = jnp.concatenate(seen, axis=-1)
-    if documents is not None:
-        document_BW = jnp.concatenate(
-            [
-                jax.lax.dynamic_slice_in_dim(x_BS, tile.start_L[m], width, axis=1)
-                for m, (x_BS, width) in enumerate(zip(documents, widths, strict=True))
-            ],
-            axis=1,
-        )
-        same_BQW = tile.document_BQ[:, :, None] == document_BW[:, None]
-        seen_QW = (seen_QW & same_BQW)[:, None, None]
-    return jnp.where(seen_QW, _dot("bkgqd,bkwd->bkgqw", q_BKGQD, k_BKWD) * scale, NEG)
+def _product(x_NGQX, y_NYZ, x_axis: int, y_axis: int):
+    """Contracts an axis of each; written out in the order in which XLA on CPUs copies nothing."""
+    N, G, Q, X = x_NGQX.shape
+    out = jax.lax.dot_general(
+        x_NGQX.reshape(N, G * Q, X),
+        y_NYZ,
+        (((2,), (y_axis,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
+    )
+    return out.reshape(N, G, Q, -1)
 
 
-def _runs(rows: list, tile: Tile, widths):
-    """[B, K, W, D]: the tile's keys, the runs of all levels side by side."""
-    return jnp.concatenate(
-        [
-            jax.lax.dynamic_slice_in_dim(x_BKSD, tile.start_L[m], width, axis=2)
-            for m, (x_BKSD, width) in enumerate(zip(rows, widths, strict=True))
-        ],
-        axis=2,
+def _sum_over_queries(x_NGQW, y_NGQD):
+    N, G, Q, W = x_NGQW.shape
+    return jax.lax.dot_general(
+        x_NGQW.reshape(N, G * Q, W),
+        y_NGQD.reshape(N, G * Q, -1),
+        (((1,), (1,)), ((0,), (0,))),
+        preferred_element_type=jnp.float32,
     )
 
 
-def _add_runs(rows: list, more_BKWD, tile: Tile, widths) -> list:
-    parts = jnp.split(more_BKWD, np.cumsum(widths)[:-1], axis=2)
-    return [
-        jax.lax.dynamic_update_slice_in_dim(
-            x, jax.lax.dynamic_slice_in_dim(x, tile.start_L[m], width, axis=2) + part, tile.start_L[m], axis=2
-        )
-        for m, (x, part, width) in enumerate(zip(rows, parts, widths, strict=True))
-    ]
-
-
 def _documents(segment_ids, spec: GistSpec):
-    """[B, S] per level: the document of every row."""
+    """Of every row of every level, [B, T_l]: the document that it asks from (its last token's) and that it tells of."""
     if segment_ids is None:
         return None
-    T = segment_ids.shape[1]
-    return [
-        segment_ids[:, :: spec.block**level][:, : max(1, rows)] for level, rows in enumerate(spec.rows(T))
-    ]
+    spans = [spec.block**level for level in range(spec.levels + 1)]
+    rows = spec.rows(segment_ids.shape[1])
+    asking = tuple(segment_ids[:, span - 1 :: span] for span in spans)
+    return asking, tuple(segment_ids[:, ::span][:, :n] for span, n in zip(spans, rows, strict=True))
 
 
-def _to_tiles(x_BKGRD, plan: Plan):
-    return jnp.moveaxis(jnp.take(x_BKGRD, plan.query_NQ, axis=3), 3, 0)
+# --- Tiles ----------------------------------------------------------------------------------------------
 
 
-def _to_rows(x_NBKGQD, plan: Plan):
-    N, B, K, G, Q, D = x_NBKGQD.shape
-    x_BKGPD = jnp.moveaxis(x_NBKGQD, 0, 3).reshape(B, K, G, N * Q, D)
-    return jnp.take(x_BKGPD, plan.place_R, axis=3)
+class Places(NamedTuple):
+    """Where tiles are: integer arrays, [N, ...] for the N tiles of a run."""
+
+    query: np.ndarray  # [..., L + 1] first query row of every level
+    key: np.ndarray  # [..., L + 1] first key row
+    first: np.ndarray  # [..., L + 1, Q] the keys that each query sees
+    stop: np.ndarray
 
 
-def _dot(equation: str, a, b):
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+class Run(NamedTuple):
+    """Tiles that are alike but for their places."""
+
+    rows: dict[int, int]  # queries of a tile, by level
+    width: tuple[int, ...]  # key rows of a tile, by level
+    places: Places
+
+
+class Tile(NamedTuple):
+    """One tile: reads and writes its slices of per-level arrays."""
+
+    rows: dict[int, int]
+    width: tuple[int, ...]
+    places: Places
+
+    def queries(self, xs, axis: int = 2):
+        """Per-level [N, G, T, ...] to [N, G, Q, ...]."""
+        parts = [_slice(xs[m], self.places.query[m], n, axis) for m, n in self.rows.items()]
+        return jnp.concatenate(parts, axis)
+
+    def put(self, xs, x_NGQD):
+        """Writes what belongs to the queries: the reverse of `queries`."""
+        xs, at = list(xs), 0
+        for m, n in self.rows.items():
+            part = x_NGQD[:, :, at : at + n].astype(xs[m].dtype)
+            xs[m] = jax.lax.dynamic_update_slice_in_dim(xs[m], part, self.places.query[m], axis=2)
+            at += n
+        return tuple(xs)
+
+    def keys(self, xs):
+        """Per-level [N, T, ...] to [N, W, ...]."""
+        parts = [_slice(xs[m], self.places.key[m], n, 1) for m, n in enumerate(self.width) if n]
+        return jnp.concatenate(parts, axis=1)
+
+    def add(self, xs, x_NWD):
+        """Adds what belongs to the keys: the transpose of `keys`."""
+        xs, at = list(xs), 0
+        for m, n in enumerate(self.width):
+            if n:
+                part = _slice(xs[m], self.places.key[m], n, 1) + x_NWD[:, at : at + n]
+                xs[m] = jax.lax.dynamic_update_slice_in_dim(xs[m], part, self.places.key[m], axis=1)
+            at += n
+        return tuple(xs)
+
+    def seen(self, documents):
+        """Which keys each query sees, [B or 1, 1, 1, Q, W]."""
+        seen = []
+        for m, n in enumerate(self.width):
+            row_W = self.places.key[m] + jnp.arange(n)
+            first_Q1, stop_Q1 = self.places.first[m][:, None], self.places.stop[m][:, None]
+            seen.append((row_W >= first_Q1) & (row_W < stop_Q1))
+        seen_BQW = jnp.concatenate(seen, axis=1)[None]
+        if documents is not None:
+            asking, told = documents
+            seen_BQW &= self.queries(asking, axis=1)[:, :, None] == self.keys(told)[:, None]
+        return seen_BQW[:, None, None]
+
+
+def _slice(x, start, rows: int, axis: int):
+    return jax.lax.dynamic_slice_in_dim(x, start, rows, axis)
+
+
+def _each_tile(spec: GistSpec, tokens: int, step, carry):
+    """carry = step(tile, carry) for all tiles of all levels."""
+    for rows, width, places in _runs(spec, tokens):
+
+        def one(carry, place, rows=rows, width=width):
+            return step(Tile(rows, width, place), carry), None
+
+        if len(places.query) == 1:
+            carry, _ = one(carry, Places(*(x[0] for x in places)))
+        else:
+            carry, _ = jax.lax.scan(one, carry, jax.tree.map(jnp.asarray, places))
+    return carry
+
+
+def _runs(spec: GistSpec, tokens: int) -> list[Run]:
+    """All queries of all levels, in runs of tiles."""
+    r, length = spec.block, spec.rows(tokens)
+    joined = max(level for level in range(1, spec.levels + 1) if r**level <= max(TILE, r))
+    size = r**joined * max(1, round(TILE / r**joined))
+    whole, rest = divmod(tokens, size)
+    rows = {level: size // r**level for level in range(joined + 1)}
+    runs = _split(spec, length, rows, {level: np.arange(whole) * n for level, n in rows.items()})
+    if rest:
+        begin = {level: whole * n for level, n in rows.items()}
+        rest = {level: length[level] - begin[level] for level in rows if length[level] > begin[level]}
+        runs += _split(spec, length, rest, {level: np.array([begin[level]]) for level in rest})
+    for level in range(joined + 1, spec.levels + 1):
+        runs += _split(spec, length, {level: 1}, {level: np.arange(length[level])})
+    return runs
+
+
+def _split(spec: GistSpec, length, rows: dict[int, int], begin: dict[int, np.ndarray]) -> list[Run]:
+    """Runs of tiles with `rows` queries each, from rows `begin`; a run ends where windows would get much larger."""
+    ranges = [spec.key_ranges(level, begin[level][:, None] + np.arange(n)) for level, n in rows.items()]
+    levels = range(spec.levels + 1)
+    # [N, L + 1, Q]
+    first, stop = (
+        np.stack([np.concatenate([x[m][end] for x in ranges], axis=1) for m in levels], axis=1)
+        for end in (0, 1)
+    )
+    low, high = first.min(2), stop.max(2)
+    query = np.stack([begin.get(level, 0 * low[:, 0]) for level in levels], axis=1)
+    runs, at = [], 0
+    while at < len(low):
+        end, width = at, np.zeros_like(low[0])
+        while end < len(low):
+            wider = np.maximum(width, high[end] - low[end])
+            if end > at and wider.sum() > WASTE * (high - low)[at].sum():
+                break
+            end, width = end + 1, wider
+        # a window that would reach behind the last row begins earlier
+        key = np.minimum(low, np.asarray(length) - width)
+        places = Places(*(x[at:end].astype(np.int32) for x in (query, key, first, stop)))
+        runs.append(Run(rows, tuple(width.tolist()), places))
+        at = end
+    return runs

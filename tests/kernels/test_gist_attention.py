@@ -180,6 +180,12 @@ def test_xla_is_the_reference(name):
         assert all(np.isfinite(x).all() for x in ours), what
 
 
+def test_xla_windows_that_would_reach_behind_the_last_row():
+    """640 is the first length at which a tile of this pattern needs less of level 1 than its loop reads."""
+    found, wanted = both(Problem(640, GistSpec(16, 0, 1, 2)), "xla")
+    assert all(relative(ours, theirs) < 2e-5 for ours, theirs in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 def test_bfloat16_stays_near_the_float32_reference(implementation):
     found, wanted = both(EDGES["window not in tiles"], implementation, jnp.bfloat16)
