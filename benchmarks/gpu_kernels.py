@@ -196,8 +196,8 @@ def timing(T: int, batch: int) -> dict:
     import jax.numpy as jnp
 
     from kernels_pallas import GistSpec, gist_attention
-    from kernels_pallas.mosaic_gpu.config import default
-    from kernels_pallas.mosaic_gpu.tiles import density
+    from kernels_pallas.mosaic_gpu.config import default_config
+    from kernels_pallas.mosaic_gpu.tiles import Stream, density
     from kernels_pallas.shapes import Problem
     from megacontext_jax.telemetry import hardware
 
@@ -225,8 +225,8 @@ def timing(T: int, batch: int) -> dict:
     device = jax.devices()[0].device_kind.lower()
     peak = hardware.peak_flops(device) or float("nan")
     bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in device), float("nan"))
-    config = default(HEAD_DIM)
-    share = density(spec, T, config)
+    config = default_config(HEAD_DIM)
+    share = density(Stream(spec, T, 128), 128, config.key_tile)
     visited = share * T * (T + 1) / 2  # pairs of the visited tiles
     rows = sum(spec.rows(T)) * batch * HEADS * HEAD_DIM * 2  # bytes of one array
     floors = {
@@ -353,23 +353,22 @@ def flex(T: int) -> dict:
         return {"error": "no PyTorch here"}
     if not torch.cuda.is_available():
         return {"error": "this PyTorch has no CUDA"}
+    import numpy as np
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     from kernels_pallas import GistSpec
-    from kernels_pallas.mosaic_gpu.config import default
-    from kernels_pallas.mosaic_gpu.tiles import plan
+    from kernels_pallas.mosaic_gpu.tiles import Keys, Stream
 
-    tiles = plan(GistSpec(), T, default(HEAD_DIM))
-    R, S = len(tiles.query_R), tiles.offsets[-1]
-    level, base = (
-        torch.as_tensor(x).cuda().repeat_interleave(tiles.offsets[-1] // len(x))
-        for x in (tiles.level_J, tiles.base_J)
-    )
-    row = base + torch.arange(S, device="cuda") % (S // len(tiles.level_J))
-    first, stop = (torch.as_tensor(x).cuda() for x in (tiles.first_LR, tiles.stop_LR))
+    stream = Stream(GistSpec(), T, 128)
+    keys = Keys(stream.rows, 128)
+    ranges = torch.as_tensor(stream.ranges()).cuda()  # [levels, 2, rows]
+    counts = [keys.tiles(m) * keys.tile for m in range(len(keys.rows))]
+    level = torch.as_tensor(np.repeat(np.arange(len(counts)), counts)).cuda()
+    row = torch.as_tensor(np.concatenate([np.arange(n) for n in counts])).cuda()
+    R, S = stream.length, sum(counts)
 
     def seen(b, h, q, k):
-        return (row[k] >= first[level[k], q]) & (row[k] < stop[level[k], q])
+        return (row[k] >= ranges[level[k], 0, q]) & (row[k] < ranges[level[k], 1, q])
 
     mask = create_block_mask(seen, None, None, R, S, device="cuda")
     attend = torch.compile(flex_attention)

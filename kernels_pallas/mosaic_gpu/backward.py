@@ -1,9 +1,12 @@
-"""Backward kernels: dq by tiles of queries, dk and dv by tiles of keys. No atomics, so two runs give the same bits.
+"""Backward kernels: one pass over query tiles for dq, one over key tiles for dk and dv. No atomics: bits repeat.
 
-Both recompute the probabilities from the log-sum-exp of the forward pass. `dq` visits the tiles of keys that the
-forward pass visits; `dkv` holds 128 keys of one key head and walks over the tiles of 64 queries that see some of
-them, of all the query heads that share them. Keys of the last level are seen by nearly every later query: their
-tiles begin first. Shape suffixes as in `forward`; c 64 keys of a warpgroup, C tiles of 128 keys.
+Both recompute probabilities from the log-sum-exps. The pass over keys holds 128 keys, 64 per warpgroup, and works on
+transposed scores; it loops over the query heads of a key head, so that grouped heads need no sum afterwards. Rows
+above the tokens are seen by very many queries: their visits are cut into items that run side by side and leave
+float32 parts, summed in a fixed order.
+
+Shape suffixes: B batch, N rows of the query stream, S rows of keys, H heads, K key heads, D head size, Q 64 queries,
+C keys of a tile (64 per warpgroup in the pass over keys), R first and stop per level, X 1 or B.
 """
 
 import jax
@@ -12,259 +15,254 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu.config import COMPUTE, Q_TILE, WARPGROUP_ROWS, Config
-from kernels_pallas.mosaic_gpu.forward import LOG2E
-from kernels_pallas.mosaic_gpu.ops import COLUMNS, ROWS, matrix, vector
-from kernels_pallas.mosaic_gpu.tiles import Tiles
+from kernels_pallas.mosaic_gpu.compat import COLUMN, ROW, Ops, kernel
+from kernels_pallas.mosaic_gpu.config import HALF, TILE, WORKERS, Config, dkv_buffers, dq_buffers
+from kernels_pallas.mosaic_gpu.forward import LOG2_E
+from kernels_pallas.mosaic_gpu.ring import bring_keys, drain, mask_keys, slot
+from kernels_pallas.mosaic_gpu.tiles import Visits
 
 
-def dq(q_BRHD, k_BSKD, v_BSKD, do_BRHD, lse_BHR, delta_BHR, bounds, tiles, scale, config, ops, masked):
-    """dq [B, R, H, D] in bfloat16; arguments as in `forward`, delta is the row sum of do * out."""
-    B, R, H, D = q_BRHD.shape
-    G = H // k_BSKD.shape[2]
-    levels = bounds.shape[2]
-    q, bk, stages = WARPGROUP_ROWS, config.block_k, config.stages
-    visits = tiles.keys_of_queries
+def sums_of(o_BNHD, do_BNHD, lse_BHN):
+    """[B, H, N / 64, 2, 64]: log-sum-exps, and the sums of output times gradient."""
+    delta_BHN = jnp.einsum("bnhd,bnhd->bhn", o_BNHD, do_BNHD, preferred_element_type=jnp.float32)
+    B, H, N = lse_BHN.shape
+    both = (x.reshape(B, H, N // HALF, HALF) for x in (lse_BHN, delta_BHN))
+    return jnp.stack(list(both), axis=3)
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, bounds_ref, *rest):
-        step_ref, full_ref, all_ref, level_ref, base_ref, dq_ref, *scratch = rest
-        (
-            (q_smem2, do_smem2, k_smem, v_smem, numbers_smem2, bounds_smem2),
-            (start_bars, k_bars, v_bars),
-            done,
-        ) = scratch
-        k_done, v_done = done
-        batch, head, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
-        tile = lax.axis_index("tiles")
-        steps, full = all_ref[tile], jnp.int32(0) if masked else full_ref[tile]
 
-        @pl.when(wg < COMPUTE)
+def dq_pass(
+    q_BNHD, do_BNHD, k, v, sums, ranges_XNRQ, visits: Visits, starts, scale, config: Config, interpret
+):
+    """dq_BNHD in bfloat16; arguments as in `forward`."""
+    B, N, H, D = q_BNHD.shape
+    group, tile, stages = H // k[0].shape[2], config.key_tile, config.dq_stages
+    shared = visits.visit.shape[0] == 1
+    factor = scale * LOG2_E
+    ops = Ops(bool(interpret))
+
+    def body(
+        q_ref,
+        do_ref,
+        k0_ref,
+        k1_ref,
+        v0_ref,
+        v1_ref,
+        sums_ref,
+        ranges_ref,
+        visit_ref,
+        full_ref,
+        count_ref,
+        *rest,
+    ):
+        dq_ref, smem, loaded, k_ready, v_ready, k_free, v_free = rest
+        batch, head, block = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("tiles")
+        wg = lax.axis_index("wg")
+        x = jnp.int32(0) if shared else batch
+        full, count = full_ref[x, block], count_ref[x, block]
+
+        @pl.when(wg < WORKERS)
         def compute():
-            ops.registers(232, "increase")
-            q_smem, do_smem, numbers_smem, bounds_smem = (
-                x.at[wg] for x in (q_smem2, do_smem2, numbers_smem2, bounds_smem2)
-            )
-            begin = tile * Q_TILE + wg * q
-            bounds_of = batch if bounds.shape[0] > 1 else 0
-            rows = batch, pl.ds(begin, q), head
-            bar = start_bars.at[wg]
-            plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, bar)
-            plgpu.copy_gmem_to_smem(do_ref.at[rows], do_smem, bar)
-            for i, ref in enumerate((lse_ref, delta_ref)):
-                plgpu.copy_gmem_to_smem(ref.at[batch, head, pl.ds(begin, q)], numbers_smem.at[i], bar)
-            plgpu.copy_gmem_to_smem(bounds_ref.at[bounds_of, tile * COMPUTE + wg], bounds_smem, bar)
-            plgpu.barrier_wait(bar)
-            lse_q, delta_q = (ops.load(numbers_smem.at[i], ROWS) for i in (0, 1))
+            ops.set_registers(240, "increase")
+            q_smem, do_smem, ranges_smem, sums_smem = (smem[n].at[wg] for n in ("q", "do", "ranges", "sums"))
+            rows, half = pl.ds(block * TILE + wg * HALF, HALF), block * WORKERS + wg
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem, loaded.at[wg])
+            plgpu.copy_gmem_to_smem(do_ref.at[batch, rows, head], do_smem, loaded.at[wg])
+            plgpu.copy_gmem_to_smem(ranges_ref.at[x, half], ranges_smem, loaded.at[wg])
+            plgpu.copy_gmem_to_smem(sums_ref.at[batch, head, half], sums_smem, loaded.at[wg])
+            plgpu.barrier_wait(loaded.at[wg])
+            lse_Q, delta_Q = (ops.load(sums_smem.at[i], ROW) for i in (0, 1))
 
-            def step(i, dq_qD, mask: bool):
-                slot = lax.rem(i, stages)
-                plgpu.barrier_wait(k_bars.at[slot])
-                s_qk = ops.product_nt(q_smem, k_smem.at[slot]) * (scale * LOG2E)
-                p_qk = jnp.exp2(s_qk - ops.rows(lse_q, (q, bk)))
-                if mask:
-                    key_tile = step_ref[tile, i]
-                    level = level_ref[key_tile]
-                    key_qk = base_ref[key_tile] + ops.iota((q, bk), 1)
-                    first_q, stop_q = (ops.load(bounds_smem.at[level, end], ROWS) for end in (0, 1))
-                    seen_qk = (key_qk >= ops.rows(first_q, (q, bk))) & (key_qk < ops.rows(stop_q, (q, bk)))
-                    p_qk = jnp.where(seen_qk, p_qk, 0.0)
-                plgpu.barrier_wait(v_bars.at[slot])
-                dp_qk = ops.product_nt(do_smem, v_smem.at[slot])
-                plgpu.barrier_arrive(v_done.at[slot])
-                ds_qk = p_qk * (dp_qk - ops.rows(delta_q, (q, bk))) * scale
-                dq_qD = ops.add_product(dq_qD, ds_qk.astype(jnp.bfloat16), k_smem.at[slot])
-                plgpu.barrier_arrive(k_done.at[slot])
-                return dq_qD
+            def visit(masked: bool, step, dq_QD):
+                here = slot(step, stages)
+                k_smem, v_smem = smem["k"].at[here], smem["v"].at[here]
+                plgpu.barrier_wait(k_ready.at[here])
+                plgpu.barrier_wait(v_ready.at[here])
 
-            dq_qD = lax.fori_loop(0, full, lambda i, x: step(i, x, mask=False), ops.full((q, D), 0.0))
-            dq_qD = lax.fori_loop(full, steps, lambda i, x: step(i, x, mask=True), dq_qD)
-            q_smem[...] = dq_qD.astype(jnp.bfloat16)
+                def probabilities(s_QC):
+                    if masked:
+                        s_QC = mask_keys(ops, s_QC, ranges_smem, visit_ref[x, block, step])
+                    return jnp.exp2(s_QC * factor - lax.broadcast_in_dim(lse_Q, s_QC.shape, [0]))
+
+                # a mask on top of three accumulators would not fit in the registers
+                p_QC, dp_QC = ops.two_products_t(
+                    q_smem, k_smem, do_smem, v_smem, probabilities, overlap=not masked
+                )
+                plgpu.barrier_arrive(v_free.at[here])
+                ds_QC = p_QC * (dp_QC - lax.broadcast_in_dim(delta_Q, dp_QC.shape, [0]))
+                dq_QD = ops.add_product(dq_QD, ds_QC.astype(jnp.bfloat16), k_smem)
+                plgpu.barrier_arrive(k_free.at[here])
+                return dq_QD
+
+            dq_QD = ops.full((HALF, D), 0.0, plgpu.Layout.WGMMA)
+            dq_QD = lax.fori_loop(0, full, lambda i, c: visit(False, i, c), dq_QD)
+            dq_QD = lax.fori_loop(full, count, lambda i, c: visit(True, i, c), dq_QD)
+            q_smem[...] = (dq_QD * scale).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[rows])
+            plgpu.copy_smem_to_gmem(q_smem, dq_ref.at[batch, rows, head])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == COMPUTE)
-        def load():
-            ops.registers(40, "decrease")
-            key_head = lax.div(head, jnp.int32(G))
-            pairs = ((k_ref, k_smem, k_bars, k_done), (v_ref, v_smem, v_bars, v_done))
+        @pl.when(wg == WORKERS)
+        def move():
+            ops.set_registers(24, "decrease")
+            key_head = lax.div(head, jnp.int32(group))
 
-            @pl.loop(0, steps)
-            def _(i):
-                slot = lax.rem(i, stages)
-                rows = batch, pl.ds(step_ref[tile, i] * bk, bk), key_head
-                for ref, smem, bars, free in pairs:
-                    pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], bars.at[slot])
+            def pipe(refs, name, ready, free):
+                rows = [lambda some, ref=ref: ref.at[batch, some, key_head] for ref in refs]
+                return rows, smem[name], ready, free
 
-            ops.drain(steps, stages, k_done, v_done)
+            pipes = [
+                pipe((k0_ref, k1_ref), "k", k_ready, k_free),
+                pipe((v0_ref, v1_ref), "v", v_ready, v_free),
+            ]
+            bring_keys(pipes, lambda step: visit_ref[x, block, step], count, starts, tile, stages)
 
-    run = ops.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(q_BRHD.shape, jnp.bfloat16),
-        scratch_types=(
-            (
-                matrix(COMPUTE, q, D),
-                matrix(COMPUTE, q, D),
-                matrix(stages, bk, D),
-                matrix(stages, bk, D),
-                vector(COMPUTE, 2, q),
-                vector(COMPUTE, levels, 2, q, dtype=jnp.int32),
-            ),
-            (
-                plgpu.Barrier(num_arrivals=5, num_barriers=COMPUTE),
-                plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=stages),
-            ),
-            (plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),) * 2,
-        ),
-        grid={"heads": H, "tiles": R // Q_TILE, "batch": B},
-        name="gist_dq",
+    buffers = dq_buffers(config, D, ranges_XNRQ.shape[2] // 2)
+    scratch = (
+        {name: buffer.allocate() for name, buffer in buffers.items()},
+        plgpu.Barrier(num_arrivals=4, num_barriers=WORKERS),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
     )
-    tables = visits.step_NS, visits.full_N, visits.all_N, tiles.level_J, tiles.base_J
-    arrays = q_BRHD, k_BSKD, v_BSKD, do_BRHD, lse_BHR, delta_BHR, bounds
-    return run(*arrays, *(jnp.asarray(x) for x in tables))
+    run = kernel(
+        body,
+        out=(jax.ShapeDtypeStruct(q_BNHD.shape, jnp.bfloat16),),
+        scratch=scratch,
+        grid={"heads": H, "tiles": N // TILE, "batch": B},
+        name="gist_dq",
+        interpret=interpret,
+    )
+    return run(q_BNHD, do_BNHD, *k, *v, sums, ranges_XNRQ, *visits)[0]
 
 
-def dkv(
-    q_BRHD,
+def dkv_pass(
     k_BSKD,
     v_BSKD,
-    do_BRHD,
-    lse_BHR,
-    delta_BHR,
-    bounds,
-    tiles: Tiles,
+    q_BNHD,
+    do_BNHD,
+    sums,
+    ranges_XNRQ,
+    item_names,
+    visits: Visits,
     scale,
-    config: Config,
-    ops,
-    masked,
+    config,
+    dtype,
+    name,
+    interpret,
 ):
-    """(dk, dv) [B, S, K, D] in bfloat16; arguments as in `dq`."""
-    B, S, K, D = k_BSKD.shape
-    G = q_BRHD.shape[2] // K
-    q, c, stages = WARPGROUP_ROWS, WARPGROUP_ROWS, config.stages_dkv
-    visits = tiles.queries_of_keys
+    """(dk, dv) [B, items * 128, K, D] in `dtype`: the gradients that the visits of each item give its 128 keys.
 
-    def body(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, bounds_ref, *rest):
-        step_ref, full_ref, all_ref, order_ref, level_ref, base_ref, dk_ref, dv_ref, *scratch = rest
-        (
-            (k_smem2, v_smem2, q_smem, do_smem, numbers_smem, bounds_smem),
-            (start_bars, q_bars, do_bars),
-            done,
-        ) = scratch
-        q_done, do_done = done
-        batch, head, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
-        tile = order_ref[lax.axis_index("tiles")]
-        level = level_ref[tile]
-        count, full = all_ref[tile], jnp.int32(0) if masked else full_ref[tile]
-        steps = count * G  # all full tiles of all query heads first
+    `item_names` int32 [items, 3]: first row of the keys in their array, their level, and first row in the level.
+    """
+    (B, _, H, D), K = q_BNHD.shape, k_BSKD.shape[2]
+    group, stages, items = H // K, config.dkv_stages, len(item_names)
+    shared = visits.visit.shape[0] == 1
+    factor = scale * LOG2_E
+    ops = Ops(bool(interpret))
 
-        def visit(i):
-            """(query head, tile of queries) of a step."""
-            if G == 1:
-                return head, step_ref[tile, i]
-            late = i >= full * G
-            length = jnp.maximum(jnp.where(late, count - full, full), 1)
-            i = i - jnp.where(late, full * G, 0)
-            return head * G + lax.div(i, length), step_ref[
-                tile, lax.rem(i, length) + jnp.where(late, full, 0)
-            ]
+    def body(
+        k_ref, v_ref, q_ref, do_ref, sums_ref, ranges_ref, names_ref, visit_ref, full_ref, count_ref, *rest
+    ):
+        dk_ref, dv_ref, smem, loaded, ready, free = rest
+        batch, key_head, item = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("items")
+        wg = lax.axis_index("wg")
+        x = jnp.int32(0) if shared else batch
+        full, count = full_ref[x, item], count_ref[x, item]
 
-        @pl.when(wg < COMPUTE)
+        @pl.when(wg < WORKERS)
         def compute():
-            ops.registers(232, "increase")
-            k_smem, v_smem = k_smem2.at[wg], v_smem2.at[wg]
-            begin = tile * Q_TILE + wg * c
-            rows = batch, pl.ds(begin, c), head
-            plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem, start_bars.at[wg])
-            plgpu.copy_gmem_to_smem(v_ref.at[rows], v_smem, start_bars.at[wg])
-            plgpu.barrier_wait(start_bars.at[wg])
+            ops.set_registers(240, "increase")
+            k_smem, v_smem = smem["k"].at[wg], smem["v"].at[wg]
+            rows = pl.ds(names_ref[item, 0] + wg * HALF, HALF)
+            plgpu.copy_gmem_to_smem(k_ref.at[batch, rows, key_head], k_smem, loaded.at[wg])
+            plgpu.copy_gmem_to_smem(v_ref.at[batch, rows, key_head], v_smem, loaded.at[wg])
+            plgpu.barrier_wait(loaded.at[wg])
+            first_row = names_ref[item, 2] + wg * HALF
 
-            def step(i, carry, mask: bool):
-                dk_cD, dv_cD = carry
-                slot = lax.rem(i, stages)
-                plgpu.barrier_wait(q_bars.at[slot])
-                s_cq = ops.product_nt(k_smem, q_smem.at[slot]) * (scale * LOG2E)
-                lse_q = ops.load(numbers_smem.at[slot, 0], COLUMNS)
-                p_cq = jnp.exp2(s_cq - ops.columns(lse_q, (c, q)))
-                if mask:
-                    key_cq = base_ref[tile] + wg * c + ops.iota((c, q), 0)
-                    first_q, stop_q = (ops.load(bounds_smem.at[slot, end], COLUMNS) for end in (0, 1))
-                    seen_cq = (key_cq >= ops.columns(first_q, (c, q))) & (
-                        key_cq < ops.columns(stop_q, (c, q))
-                    )
-                    p_cq = jnp.where(seen_cq, p_cq, 0.0)
-                plgpu.barrier_wait(do_bars.at[slot])
-                dv_cD = ops.add_product(dv_cD, p_cq.astype(jnp.bfloat16), do_smem.at[slot])
-                dp_cq = ops.product_nt(v_smem, do_smem.at[slot])
-                plgpu.barrier_arrive(do_done.at[slot])
-                # read late: two accumulators leave few registers
-                delta_q = ops.load(numbers_smem.at[slot, 1], COLUMNS)
-                ds_cq = p_cq * (dp_cq - ops.columns(delta_q, (c, q))) * scale
-                dk_cD = ops.add_product(dk_cD, ds_cq.astype(jnp.bfloat16), q_smem.at[slot])
-                # numbers and bounds were read by ordinary loads: order these before the next copy into the slot
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(q_done.at[slot])
-                return dk_cD, dv_cD
-
-            carry = ops.full((c, D), 0.0), ops.full((c, D), 0.0)
-            carry = lax.fori_loop(0, full * G, lambda i, x: step(i, x, mask=False), carry)
-            dk_cD, dv_cD = lax.fori_loop(full * G, steps, lambda i, x: step(i, x, mask=True), carry)
-            k_smem[...] = dk_cD.astype(jnp.bfloat16)
-            v_smem[...] = dv_cD.astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(k_smem, dk_ref.at[rows])
-            plgpu.copy_smem_to_gmem(v_smem, dv_ref.at[rows])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(wg == COMPUTE)
-        def load():
-            ops.registers(40, "decrease")
-            bounds_of = batch if bounds.shape[0] > 1 else 0
-
-            @pl.loop(0, steps)
-            def _(i):
-                slot = lax.rem(i, stages)
-                q_head, q_tile = visit(i)
-                rows = batch, pl.ds(q_tile * q, q), q_head
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(q_done.at[slot]))
-                plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem.at[slot], q_bars.at[slot])
-                for j, ref in enumerate((lse_ref, delta_ref)):
-                    plgpu.copy_gmem_to_smem(
-                        ref.at[batch, q_head, pl.ds(q_tile * q, q)], numbers_smem.at[slot, j], q_bars.at[slot]
-                    )
-                plgpu.copy_gmem_to_smem(
-                    bounds_ref.at[bounds_of, q_tile, level], bounds_smem.at[slot], q_bars.at[slot]
+            def visit(masked: bool, member, i, carry):
+                here = slot(member * count + i, stages)
+                q_smem, do_smem, ranges_smem, sums_smem = (
+                    smem[n].at[here] for n in ("q", "do", "ranges", "sums")
                 )
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(do_done.at[slot]))
-                plgpu.copy_gmem_to_smem(do_ref.at[rows], do_smem.at[slot], do_bars.at[slot])
+                plgpu.barrier_wait(ready.at[here])
 
-            ops.drain(steps, stages, q_done, do_done)
+                # a number per column costs 16 registers: each is loaded where it is used
+                def column(ref):
+                    return lax.broadcast_in_dim(ops.load(ref, COLUMN), (HALF, HALF), [1])
 
-    shape = jax.ShapeDtypeStruct(k_BSKD.shape, jnp.bfloat16)
-    run = ops.kernel(
-        body,
-        out_type=(shape, shape),
-        scratch_types=(
-            (
-                matrix(COMPUTE, c, D),
-                matrix(COMPUTE, c, D),
-                matrix(stages, q, D),
-                matrix(stages, q, D),
-                vector(stages, 2, q),
-                vector(stages, 2, q, dtype=jnp.int32),
-            ),
-            (
-                plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-                plgpu.Barrier(num_arrivals=4, num_barriers=stages),
-                plgpu.Barrier(num_barriers=stages),
-            ),
-            (plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),) * 2,
-        ),
-        grid={"heads": K, "tiles": S // Q_TILE, "batch": B},
-        name="gist_dkv",
+                def probabilities(s_CQ):
+                    if masked:
+                        key_CQ = ops.index(s_CQ.shape, 0) + first_row
+                        nothing = ops.full(s_CQ.shape, -jnp.inf, plgpu.Layout.WGMMA)
+                        s_CQ = jnp.where(key_CQ >= column(ranges_smem.at[0]), s_CQ, nothing)
+                        s_CQ = jnp.where(key_CQ < column(ranges_smem.at[1]), s_CQ, nothing)
+                    return jnp.exp2(s_CQ * factor - column(sums_smem.at[0]))
+
+                p_CQ, dp_CQ = ops.two_products_t(k_smem, q_smem, v_smem, do_smem, probabilities)
+
+                def ds():
+                    return (p_CQ * (dp_CQ - column(sums_smem.at[1]))).astype(jnp.bfloat16)
+
+                dv_CD, dk_CD = ops.add_two_products(carry, p_CQ.astype(jnp.bfloat16), do_smem, ds, q_smem)
+                # ordinary loads read the slot: order them before the copy that fills it next
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(free.at[here])
+                return dv_CD, dk_CD
+
+            def head(member, carry):
+                carry = lax.fori_loop(0, full, lambda i, c: visit(False, member, i, c), carry)
+                return lax.fori_loop(full, count, lambda i, c: visit(True, member, i, c), carry)
+
+            zeros = ops.full((HALF, D), 0.0, plgpu.Layout.WGMMA)
+            dv_CD, dk_CD = lax.fori_loop(0, group, head, (zeros, zeros))
+            out_rows = pl.ds(item * TILE + wg * HALF, HALF)
+            for ref, buffer, value in ((dk_ref, "k", dk_CD * scale), (dv_ref, "v", dv_CD)):
+                staged = smem[buffer if dtype == jnp.bfloat16 else "out"].at[wg]
+                staged[...] = value.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(staged, ref.at[batch, out_rows, key_head])
+                plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == WORKERS)
+        def move():
+            ops.set_registers(24, "decrease")
+            level = names_ref[item, 1]
+
+            def fetch(step, carry):
+                here = slot(step, stages)
+                head = key_head * group + lax.div(step, count)
+                half = visit_ref[x, item, lax.rem(step, count)]
+
+                @pl.when(step >= stages)
+                def wait():
+                    plgpu.barrier_wait(free.at[here])
+
+                queries = pl.ds(half * HALF, HALF)
+                for ref, to in (
+                    (q_ref.at[batch, queries, head], "q"),
+                    (do_ref.at[batch, queries, head], "do"),
+                    (ranges_ref.at[x, half, pl.ds(2 * level, 2)], "ranges"),
+                    (sums_ref.at[batch, head, half], "sums"),
+                ):
+                    plgpu.copy_gmem_to_smem(ref, smem[to].at[here], ready.at[here])
+                return carry
+
+            lax.fori_loop(0, group * count, fetch, None)
+            drain(group * count, stages, [free])
+
+    scratch = (
+        {name: buffer.allocate() for name, buffer in dkv_buffers(config, D, dtype).items()},
+        plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
+        plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
     )
-    tables = visits.step_NS, visits.full_N, visits.all_N, visits.order_N, tiles.level_C, tiles.base_C
-    arrays = q_BRHD, k_BSKD, v_BSKD, do_BRHD, lse_BHR, delta_BHR, bounds
-    return run(*arrays, *(jnp.asarray(x) for x in tables))
+    run = kernel(
+        body,
+        out=(jax.ShapeDtypeStruct((B, items * TILE, K, D), dtype),) * 2,
+        scratch=scratch,
+        grid={"heads": K, "items": items, "batch": B},
+        name=name,
+        interpret=interpret,
+    )
+    return run(k_BSKD, v_BSKD, q_BNHD, do_BNHD, sums, ranges_XNRQ, jnp.asarray(item_names), *visits)

@@ -1,93 +1,211 @@
-"""The call of the Mosaic GPU kernels: rows into their order and padding, forward and backward, and out again."""
+"""The differentiable call: lays rows out for the kernels, runs them, and brings the results back per level.
+
+Shape suffixes as in the kernels: B batch, N rows of the query stream, S rows of keys, H heads, K key heads, D head
+size, T tokens, X 1 or B.
+"""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.mosaic_gpu import backward, config, tiles
-from kernels_pallas.mosaic_gpu.config import WARPGROUP_ROWS, Config
+from kernels_pallas.mosaic_gpu import tiles
+from kernels_pallas.mosaic_gpu.backward import dkv_pass, dq_pass, sums_of
+from kernels_pallas.mosaic_gpu.config import HALF, TILE, Config, default_config
 from kernels_pallas.mosaic_gpu.forward import forward
-from kernels_pallas.mosaic_gpu.ops import Ops
+from kernels_pallas.mosaic_gpu.tiles import Keys, Stream
 from kernels_pallas.spec import GistSpec
 
 
-def refusal(spec: GistSpec, dtype, head_dim: int, capability: float | None) -> str | None:
-    """Why the kernels do not run this, or None. `capability` is the device's, None where it is no NVIDIA GPU."""
-    if capability is None:
-        return "this machine has no NVIDIA GPU"
-    if not 9.0 <= capability < 10.0:
-        return f"the kernels are Hopper's (compute capability 9.0) and this GPU has {capability}"
-    if jnp.dtype(dtype) != jnp.bfloat16:
-        return f"Hopper multiplies {jnp.dtype(dtype).name} as TF32; the kernels take bfloat16 only"
-    if head_dim not in config.HEAD_DIMS:
-        return f"head size {head_dim} is not one of {', '.join(map(str, config.HEAD_DIMS))}"
-    needed = max(config.shared_memory(config.default(head_dim), head_dim, spec.levels).values())
-    if needed > config.SHARED_MEMORY - 4096:
-        return f"{spec.levels} levels need {needed} bytes of shared memory"
-    return None
+class Setting(NamedTuple):
+    """All that is fixed when a program is traced."""
+
+    spec: GistSpec
+    tokens: int
+    scale: float
+    config: Config
+    interpret: object
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(self.spec, self.tokens, TILE)
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.stream.rows, TILE)
 
 
-def gist_attention_mosaic(
-    q, k, v, spec: GistSpec, segment_ids, scale: float, cfg=None, interpreted=None
+def gist_attention_mosaic_gpu(
+    q, k, v, spec: GistSpec, segment_ids, scale: float, config: Config | None = None, interpret=False
 ) -> tuple:
-    """Per-level outputs in bfloat16. `interpreted`: parameters of interpret mode, for tests on CPUs."""
-    T, D = q[0].shape[1], q[0].shape[-1]
-    cfg = cfg or config.default(D)
-    plan = tiles.plan(spec, T, cfg)
-    q_BRHD = jnp.concatenate(q, axis=1)[:, np.maximum(plan.query_R, 0)]
-    keys, values = (_pad_levels(x, plan) for x in (k, v))
-    bounds = _bounds(plan, spec, segment_ids)
-    o_BRHD = _attention(
-        q_BRHD, keys, values, bounds, spec, T, scale, cfg, interpreted, segment_ids is not None
+    """Per-level outputs [B, T_l, H, D] in bfloat16. Memory grows with the rows: O(T).
+
+    `interpret` runs the kernels on a CPU: Pallas' `InterpretGPUParams()`.
+    """
+    D, T = q[0].shape[-1], q[0].shape[1]
+    setting = Setting(spec, T, float(scale), config or default_config(D), interpret)
+    return _attention(setting, tuple(q), tuple(k), tuple(v), segment_ids)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(setting: Setting, q, k, v, segment_ids):
+    return _forward(setting, q, k, v, segment_ids)[0]
+
+
+def _forward(setting: Setting, q, k, v, segment_ids):
+    stream, keys = setting.stream, setting.keys
+    q_BNHD, k, v = to_stream(q, stream), key_arrays(k, keys), key_arrays(v, keys)
+    ranges = visible(stream, segment_ids)
+    o_BNHD, lse_BHN = forward(
+        q_BNHD,
+        k,
+        v,
+        by_half(ranges),
+        query_visits(setting, ranges),
+        keys.starts,
+        setting.scale,
+        setting.config,
+        setting.interpret,
     )
-    return tuple(jnp.split(o_BRHD[:, plan.place], np.cumsum(spec.rows(T))[:-1], axis=1))
+    return from_stream(o_BNHD, stream), (q_BNHD, k, v, o_BNHD, lse_BHN, segment_ids)
 
 
-def _pad_levels(levels, plan: tiles.Tiles):
-    """[B, S, K, D]: the levels one behind the other, zeros up to the next tile."""
-    padded = [
-        jnp.pad(x, ((0, 0), (0, end - begin - x.shape[1]), (0, 0), (0, 0)))
-        for x, begin, end in zip(levels, plan.offsets[:-1], plan.offsets[1:], strict=True)
-    ]
-    return jnp.concatenate(padded, axis=1)
+def _backward(setting: Setting, saved, do):
+    q_BNHD, k, v, o_BNHD, lse_BHN, segment_ids = saved
+    stream, keys, config = setting.stream, setting.keys, setting.config
+    do_BNHD = to_stream(do, stream)
+    sums = sums_of(o_BNHD, do_BNHD, lse_BHN)
+    ranges = visible(stream, segment_ids)
+    halves = by_half(ranges)
+    fixed = setting.scale, config
+    dq_BNHD = dq_pass(
+        q_BNHD,
+        do_BNHD,
+        k,
+        v,
+        sums,
+        halves,
+        query_visits(setting, ranges),
+        keys.starts,
+        *fixed,
+        setting.interpret,
+    )
 
+    limits = tiles.bounds(ranges, HALF, xp(ranges))
 
-def _bounds(plan: tiles.Tiles, spec: GistSpec, segment_ids):
-    """int32 [1 or B, R / 64, L + 1, 2, 64]: the rows of each level that each query sees, of its own document."""
-    first_BLR, stop_BLR = (jnp.asarray(x)[None] for x in (plan.first_LR, plan.stop_LR))
-    if segment_ids is not None:
-        T = segment_ids.shape[1]
-        begins_BT = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-        start_BT = jax.lax.cummax(jnp.where(begins_BT, jnp.arange(T), 0), axis=1)
-        end_r = np.concatenate([(np.arange(n) + 1) * spec.block**m - 1 for m, n in enumerate(spec.rows(T))])
-        start_BR = start_BT[:, end_r[np.maximum(plan.query_R, 0)]]
-        spans_L = spec.block ** np.arange(spec.levels + 1)
-        first_BLR = jnp.maximum(first_BLR, start_BR[:, None] // spans_L[:, None])
-        stop_BLR = jnp.broadcast_to(stop_BLR, first_BLR.shape)
-    bounds_BLxR = jnp.stack([first_BLR, stop_BLR], axis=2).astype(jnp.int32)
-    B, L, _, R = bounds_BLxR.shape
-    return bounds_BLxR.reshape(B, L, 2, R // WARPGROUP_ROWS, WARPGROUP_ROWS).transpose(0, 3, 1, 2, 4)
+    def over_keys(above: bool, dtype, name: str):
+        lists = tiles.key_lists(stream, HALF, TILE, above, config.longest)
+        if not len(lists.name):
+            return [jnp.zeros_like(x[above]) for x in (k, v)]
+        visits = batched(lists.visits(limits, TILE, xp(ranges)))
+        found = dkv_pass(
+            k[above],
+            v[above],
+            q_BNHD,
+            do_BNHD,
+            sums,
+            halves,
+            lists.name,
+            visits,
+            *fixed,
+            dtype,
+            name,
+            setting.interpret,
+        )
+        if lists.parts is None:
+            return found
+        return [
+            sum_parts(x, lists.parts).astype(x_in.dtype)
+            for x, x_in in zip(found, (k[above], v[above]), strict=True)
+        ]
 
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8, 9))
-def _attention(q_BRHD, k_BSKD, v_BSKD, bounds, spec, T, scale, cfg: Config, interpreted, masked):
-    return _forward(q_BRHD, k_BSKD, v_BSKD, bounds, spec, T, scale, cfg, interpreted, masked)[0]
-
-
-def _forward(q_BRHD, k_BSKD, v_BSKD, bounds, spec, T, scale, cfg, interpreted, masked):
-    plan = tiles.plan(spec, T, cfg)
-    o_BRHD, lse_BHR = forward(q_BRHD, k_BSKD, v_BSKD, bounds, plan, scale, cfg, Ops(interpreted), masked)
-    return o_BRHD, (q_BRHD, k_BSKD, v_BSKD, bounds, o_BRHD, lse_BHR)
-
-
-def _backward(spec, T, scale, cfg, interpreted, masked, saved, do_BRHD):
-    q_BRHD, k_BSKD, v_BSKD, bounds, o_BRHD, lse_BHR = saved
-    delta_BHR = jnp.einsum("brhd,brhd->bhr", do_BRHD, o_BRHD, preferred_element_type=jnp.float32)
-    arrays = q_BRHD, k_BSKD, v_BSKD, do_BRHD.astype(jnp.bfloat16), lse_BHR, delta_BHR, bounds
-    options = tiles.plan(spec, T, cfg), scale, cfg, Ops(interpreted), masked
-    return backward.dq(*arrays, *options), *backward.dkv(*arrays, *options), None
+    tokens = over_keys(False, jnp.bfloat16, "gist_dkv_tokens")
+    above = over_keys(True, jnp.float32, "gist_dkv_above")
+    dk, dv = (from_key_arrays(x, keys) for x in zip(tokens, above, strict=True))
+    no_gradient = None if segment_ids is None else np.zeros(segment_ids.shape, jax.dtypes.float0)
+    return from_stream(dq_BNHD, stream), dk, dv, no_gradient
 
 
 _attention.defvjp(_forward, _backward)
+
+
+# --- Rows in and out ------------------------------------------------------------------------------------
+
+
+def to_stream(x, stream: Stream) -> jax.Array:
+    """Per-level rows in the order of the stream; padding rows are zero, since garbage times 0 may be NaN."""
+    return jnp.take(jnp.concatenate(x, axis=1), stream.order(), axis=1, mode="fill", fill_value=0)
+
+
+def from_stream(x_BNHD, stream: Stream) -> tuple[jax.Array, ...]:
+    return tuple(jnp.take(x_BNHD, place, axis=1, mode="clip") for place in stream.places())
+
+
+def key_arrays(x, keys: Keys) -> tuple[jax.Array, jax.Array]:
+    """Rows of tokens, and rows of all levels above end to end, both in whole tiles with finite padding."""
+    padded = [_pad(rows, keys.tiles(m) * keys.tile) for m, rows in enumerate(x)]
+    above = jnp.concatenate(padded[1:], axis=1)
+    return _pad(padded[0], keys.tile), _pad(above, keys.tile)
+
+
+def from_key_arrays(x, keys: Keys) -> tuple[jax.Array, ...]:
+    tokens, above = x
+    parts = [above[:, start : start + n] for start, n in zip(keys.starts[1:], keys.rows[1:], strict=True)]
+    return tokens[:, : keys.rows[0]], *parts
+
+
+def sum_parts(x_BSKD, parts: np.ndarray):
+    """Rows of every key tile: the sum of its items' parts, in their order."""
+    B, _, K, D = x_BSKD.shape
+    x = x_BSKD.reshape(B, -1, TILE, K, D)
+    total = sum(jnp.take(x, parts[:, i], axis=1, mode="fill", fill_value=0) for i in range(parts.shape[1]))
+    return total.reshape(B, -1, K, D)
+
+
+def _pad(x_BSKD, at_least: int):
+    return jnp.pad(x_BSKD, ((0, 0), (0, max(0, at_least - x_BSKD.shape[1])), (0, 0), (0, 0)))
+
+
+# --- Tables ---------------------------------------------------------------------------------------------
+
+
+def visible(stream: Stream, segment_ids):
+    """[levels, 2, N] in numpy, or [B, levels, 2, N] where documents cut the ranges short."""
+    ranges = stream.ranges()
+    if segment_ids is None:
+        return ranges
+    changes_BT = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    token_T = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    begin_BT = jax.lax.cummax(jnp.where(changes_BT, token_T, 0), axis=1)
+    begin_BN = begin_BT[:, stream.last_tokens()]
+    cut = []
+    for m, (first_N, stop_N) in enumerate(ranges):
+        first_BN = jnp.maximum(first_N, -(-begin_BN // stream.spec.block**m))
+        cut.append(jnp.stack([first_BN, jnp.broadcast_to(stop_N, first_BN.shape)], axis=1))
+    return jnp.stack(cut, axis=1)
+
+
+def query_visits(setting: Setting, ranges) -> tiles.Visits:
+    tile = setting.config.key_tile
+    lists = tiles.query_lists(setting.stream, TILE, tile)
+    return batched(lists.visits(tiles.bounds(ranges, TILE, xp(ranges)), tile, xp(ranges)))
+
+
+def xp(ranges):
+    return np if isinstance(ranges, np.ndarray) else jnp
+
+
+def by_half(ranges):
+    """[X, N / 64, 2 * levels, 64]: what a warpgroup copies in one piece."""
+    if ranges.ndim == 3:
+        ranges = ranges[None]
+    X, levels, _, N = ranges.shape
+    return jnp.asarray(ranges).reshape(X, 2 * levels, N // HALF, HALF).transpose(0, 2, 1, 3)
+
+
+def batched(visits: tiles.Visits) -> tiles.Visits:
+    """With a batch axis, of length 1 where the tables are the same for all."""
+    static = isinstance(visits.visit, np.ndarray)
+    return tiles.Visits(*(jnp.asarray(x[None] if static else x) for x in visits))

@@ -1,51 +1,135 @@
-"""Shapes of the kernels' tiles, what they keep in shared memory, and which are worth trying."""
+"""Sizes of the kernels' tiles, and whether they fit. One description of the scratch serves allocation and estimate."""
 
-import itertools
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-WARPGROUP_ROWS = 64  # rows of a wgmma's result; two warpgroups compute, one loads
-COMPUTE = 2
-Q_TILE = COMPUTE * WARPGROUP_ROWS  # query rows of a thread block, forward and dq
-SHARED_MEMORY = 227 * 1024  # bytes that a thread block of Hopper can have
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.spec import GistSpec
+
 HEAD_DIMS = (64, 128)
-BYTES = 2  # of bfloat16
+BLOCKS = (8, 32, 128)
+SHARED_MEMORY = 227 * 1024  # bytes that one block of threads can have on Hopper
+HALF = 64  # rows of a warpgroup: the height of its matrix instruction
+WORKERS = 2  # warpgroups that compute
+TILE = WORKERS * HALF  # rows that they hold: of queries, or of keys in the pass over keys
+RESERVED = 1024  # alignment and what the compiler adds
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of one kernel set. Keys of `dkv` come in tiles of 128: 64 per warpgroup."""
+    key_tile: int = 128  # keys per visit of the passes over queries
+    forward_stages: int = 2  # key tiles under way
+    dq_stages: int = 2
+    dkv_stages: int = 2  # half tiles of queries under way
+    longest: int = 64  # visits per work item of the pass over gist keys
+    ping_pong: bool = True  # one warpgroup multiplies while the other takes its softmax
 
-    block_k: int = 128  # keys per step, forward and dq
-    stages: int = 2  # key tiles in flight, forward and dq
-    stages_dkv: int = 2  # query tiles in flight, dkv
+
+class Buffer(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: object
+    tiled: bool = False  # an operand or a result of matrix instructions, in their layout
 
     @property
-    def key_tile(self) -> int:
-        """Levels are padded to a multiple of this, so that a tile never spans two."""
-        return max(self.block_k, Q_TILE)
+    def bytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def allocate(self):
+        if not self.tiled:
+            return plgpu.SMEM(self.shape, self.dtype)
+        columns = 128 // jnp.dtype(self.dtype).itemsize
+        transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+        return plgpu.SMEM(self.shape, self.dtype, transforms=transforms)
 
 
-def shared_memory(config: Config, head_dim: int, levels: int) -> dict[str, int]:
-    """Bytes of shared memory per kernel, barriers aside."""
-    tile, bounds = Q_TILE * head_dim * BYTES, (levels + 1) * 2 * Q_TILE * 4
-    keys = 2 * config.stages * config.block_k * head_dim * BYTES
-    queries = 2 * config.stages_dkv * WARPGROUP_ROWS * head_dim * BYTES
-    numbers = Q_TILE * 4
+def forward_buffers(config: Config, head_dim: int, levels: int) -> dict[str, Buffer]:
+    tiles = (config.forward_stages, config.key_tile, head_dim)
     return {
-        "forward": tile + keys + bounds + numbers,
-        "dq": 2 * tile + keys + bounds + 2 * numbers,
-        "dkv": 2 * tile + queries + config.stages_dkv * 4 * WARPGROUP_ROWS * 4,
+        "q": Buffer((WORKERS, HALF, head_dim), jnp.bfloat16, True),
+        "k": Buffer(tiles, jnp.bfloat16, True),
+        "v": Buffer(tiles, jnp.bfloat16, True),
+        "ranges": Buffer((WORKERS, 2 * levels, HALF), jnp.int32),
+        "lse": Buffer((WORKERS, HALF), jnp.float32),
     }
 
 
-def default(head_dim: int) -> Config:
-    """The tiles that run unless others are asked for."""
-    del head_dim
-    return Config()
+def dq_buffers(config: Config, head_dim: int, levels: int) -> dict[str, Buffer]:
+    tiles = (config.dq_stages, config.key_tile, head_dim)
+    return {
+        "q": Buffer((WORKERS, HALF, head_dim), jnp.bfloat16, True),
+        "do": Buffer((WORKERS, HALF, head_dim), jnp.bfloat16, True),
+        "k": Buffer(tiles, jnp.bfloat16, True),
+        "v": Buffer(tiles, jnp.bfloat16, True),
+        "ranges": Buffer((WORKERS, 2 * levels, HALF), jnp.int32),
+        "sums": Buffer((WORKERS, 2, HALF), jnp.float32),
+    }
 
 
-def candidates(head_dim: int, levels: int) -> list[Config]:
-    """What is worth timing: all that fits."""
-    space = itertools.product((64, 128), (2, 3, 4), (2, 3))
-    found = [Config(*choice) for choice in space]
-    return [c for c in found if max(shared_memory(c, head_dim, levels).values()) < SHARED_MEMORY - 1024]
+def dkv_buffers(config: Config, head_dim: int, out_dtype) -> dict[str, Buffer]:
+    tiles = (config.dkv_stages, HALF, head_dim)
+    kept = (WORKERS, HALF, head_dim)
+    buffers = {
+        "k": Buffer(kept, jnp.bfloat16, True),
+        "v": Buffer(kept, jnp.bfloat16, True),
+        "q": Buffer(tiles, jnp.bfloat16, True),
+        "do": Buffer(tiles, jnp.bfloat16, True),
+        "ranges": Buffer((config.dkv_stages, 2, HALF), jnp.int32),
+        "sums": Buffer((config.dkv_stages, 2, HALF), jnp.float32),
+    }
+    if out_dtype != jnp.bfloat16:  # bfloat16 results leave through the buffers of k and v
+        buffers["out"] = Buffer(kept, out_dtype, True)
+    return buffers
+
+
+def shared_bytes(buffers: dict[str, Buffer]) -> int:
+    return sum(buffer.bytes for buffer in buffers.values()) + RESERVED
+
+
+def largest(config: Config, head_dim: int, levels: int) -> int:
+    """Bytes of shared memory of the kernel that needs most."""
+    return max(
+        shared_bytes(forward_buffers(config, head_dim, levels)),
+        shared_bytes(dq_buffers(config, head_dim, levels)),
+        shared_bytes(dkv_buffers(config, head_dim, jnp.float32)),
+    )
+
+
+def refusal(spec: GistSpec, head_dim: int, dtype) -> str | None:
+    """Why the kernels cannot take such inputs, or None."""
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return (
+            f"Hopper's matrix unit takes {jnp.dtype(dtype).name} only as TF32, so its kernels take bfloat16"
+        )
+    if head_dim not in HEAD_DIMS:
+        return f"its kernels are made for heads of {' or '.join(map(str, HEAD_DIMS))} and not of {head_dim}"
+    if spec.block not in BLOCKS:
+        return (
+            f"its kernels are made for blocks of {', '.join(map(str, BLOCKS))} tokens and not of {spec.block}"
+        )
+    needed = largest(default_config(head_dim), head_dim, spec.levels + 1)
+    if needed > SHARED_MEMORY:
+        return f"{spec.levels} levels need {needed} bytes of shared memory and a block has {SHARED_MEMORY}"
+    return None
+
+
+def default_config(head_dim: int) -> Config:
+    """Deeper pipelines where a tile is small."""
+    return Config(forward_stages=4, dq_stages=3, dkv_stages=4) if head_dim == 64 else Config()
+
+
+def tuning_configs(head_dim: int, levels: int) -> list[Config]:
+    """Configurations worth timing on a chip; all fit."""
+    found = [
+        replace(
+            default_config(head_dim), key_tile=tile, forward_stages=a, dq_stages=b, dkv_stages=c, longest=n
+        )
+        for tile in (64, 128)
+        for a in (2, 3, 4)
+        for b in (2, 3)
+        for c in (2, 3, 4)
+        for n in (32, 64, 128)
+    ]
+    return [config for config in found if largest(config, head_dim, levels) <= SHARED_MEMORY]

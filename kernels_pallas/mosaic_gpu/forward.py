@@ -1,11 +1,11 @@
-"""Forward kernel: 128 queries of one head against the tiles of keys that some of them see.
+"""Forward kernel: outputs and log-sum-exps of one query tile over the key tiles that it visits.
 
-One warpgroup copies keys and values into a ring of shared memory, two compute for 64 queries each: scores by wgmma,
-online softmax in base 2 in registers, output by wgmma. While one computes its softmax the other has the matrix unit.
-Masks are compared on the tiles that need one: a query sees keys [first, stop) of the tile's level.
+Two warpgroups hold 64 queries each and run one online softmax, in base 2, over all levels; a third brings keys and
+values through a ring of buffers. While one of the two multiplies, the other takes its softmax (`ping_pong`). Tiles
+that every query sees whole come first and skip the mask.
 
-Shape suffixes: B batch, R rows of queries, S rows of keys, H heads, K key heads, D head size, L levels, q 64 queries
-of a warpgroup, k keys of a tile, J key tiles, N query tiles.
+Shape suffixes: B batch, N rows of the query stream, S rows of keys, H heads, K key heads, D head size, Q 64 queries,
+C keys of a tile, R first and stop per level, X 1 or B (tables are shared by the batch where there are no documents).
 """
 
 import math
@@ -16,143 +16,140 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.mosaic_gpu.config import COMPUTE, Q_TILE, WARPGROUP_ROWS, Config
-from kernels_pallas.mosaic_gpu.ops import ROWS, Ops, matrix, vector
-from kernels_pallas.mosaic_gpu.tiles import Tiles
+from kernels_pallas.mosaic_gpu.compat import ROW, Ops, kernel
+from kernels_pallas.mosaic_gpu.config import HALF, TILE, WORKERS, Config, forward_buffers
+from kernels_pallas.mosaic_gpu.ring import bring_keys, mask_keys, slot
+from kernels_pallas.mosaic_gpu.tiles import Visits
 
-NEG = -1e30  # a finite minus infinity
-LOG2E = math.log2(math.e)
+FLOOR = -1e20  # below every score: a row that has seen nothing keeps finite numbers
+EMPTY = 1e30  # log-sum-exp of a row that sees nothing: its probabilities are 0 in the backward pass
+LOG2_E = math.log2(math.e)
 
 
-def forward(
-    q_BRHD, k_BSKD, v_BSKD, bounds, tiles: Tiles, scale: float, config: Config, ops: Ops, masked: bool
-):
-    """(out [B, R, H, D], log-sum-exp in base 2 [B, H, R]).
+def forward(q_BNHD, k, v, ranges_XNRQ, visits: Visits, starts, scale: float, config: Config, interpret):
+    """(o_BNHD in bfloat16, lse_BHN in float32 and base 2).
 
-    `bounds` int32 [1 or B, R / 64, L + 1, 2, 64] is what each query sees; `masked`: also on tiles called full.
+    k, v: pairs of [B, S, K, D], rows of tokens and of all levels above; `starts` says where each level begins.
     """
-    B, R, H, D = q_BRHD.shape
-    G = H // k_BSKD.shape[2]
-    levels = bounds.shape[2]
-    q, bk, stages = WARPGROUP_ROWS, config.block_k, config.stages
-    visits = tiles.keys_of_queries
+    B, N, H, D = q_BNHD.shape
+    group, tile, stages = H // k[0].shape[2], config.key_tile, config.forward_stages
+    shared = visits.visit.shape[0] == 1
+    factor = scale * LOG2_E
+    ping_pong = config.ping_pong and not interpret  # a schedule, without effect on results
+    ops = Ops(bool(interpret))
 
-    def body(q_ref, k_ref, v_ref, bounds_ref, step_ref, full_ref, all_ref, level_ref, base_ref, *rest):
-        o_ref, lse_ref, *scratch = rest
-        (qo_smem2, k_smem, v_smem, bounds_smem2, lse_smem2), (start_bars, k_bars, v_bars), done, turn = (
-            scratch
-        )
-        k_done, v_done = done
-        batch, head, wg = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("wg")
-        tile = lax.axis_index("tiles")
-        steps, full = all_ref[tile], jnp.int32(0) if masked else full_ref[tile]
+    def body(q_ref, k0_ref, k1_ref, v0_ref, v1_ref, ranges_ref, visit_ref, full_ref, count_ref, *rest):
+        o_ref, lse_ref, smem, loaded, k_ready, v_ready, k_free, v_free, turn = rest
+        batch, head, block = lax.axis_index("batch"), lax.axis_index("heads"), lax.axis_index("tiles")
+        wg = lax.axis_index("wg")
+        x = jnp.int32(0) if shared else batch
+        full, count = full_ref[x, block], count_ref[x, block]
 
-        def leave():  # the matrix unit to the other warpgroup
-            if not ops.interpreted:
+        def hand_over():
+            if ping_pong:
                 plgpu.barrier_arrive(turn)
 
-        def take():
-            if not ops.interpreted:
+        def await_turn():
+            if ping_pong:
                 plgpu.barrier_wait(turn)
 
-        def pass_the_turn():
-            leave()
-            take()
+        def swap():
+            hand_over()
+            await_turn()
 
-        @pl.when(wg < COMPUTE)
+        @pl.when(wg < WORKERS)
         def compute():
-            ops.registers(232, "increase")
-            qo_smem, bounds_smem, lse_smem = (x.at[wg] for x in (qo_smem2, bounds_smem2, lse_smem2))
-            begin = tile * Q_TILE + wg * q
-            bounds_of = batch if bounds.shape[0] > 1 else 0
-            plgpu.copy_gmem_to_smem(q_ref.at[batch, pl.ds(begin, q), head], qo_smem, start_bars.at[wg])
-            plgpu.copy_gmem_to_smem(
-                bounds_ref.at[bounds_of, tile * COMPUTE + wg], bounds_smem, start_bars.at[wg]
+            ops.set_registers(240, "increase")
+            q_smem, ranges_smem, lse_smem = (smem[name].at[wg] for name in ("q", "ranges", "lse"))
+            rows = pl.ds(block * TILE + wg * HALF, HALF)
+            plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_smem, loaded.at[wg])
+            plgpu.copy_gmem_to_smem(ranges_ref.at[x, block * WORKERS + wg], ranges_smem, loaded.at[wg])
+            plgpu.barrier_wait(loaded.at[wg])
+
+            @pl.when(count > 0)
+            def first_keys():
+                plgpu.barrier_wait(k_ready.at[0])
+
+            pl.when(wg == 1)(swap)
+
+            def visit(masked: bool, step, carry):
+                acc_QD, top_Q, sum_Q = carry
+                here = slot(step, stages)
+                s_QC = ops.product_t(q_smem, smem["k"].at[here], issued=swap)
+                plgpu.barrier_arrive(k_free.at[here])
+                if masked:
+                    s_QC = mask_keys(ops, s_QC, ranges_smem, visit_ref[x, block, step])
+                higher_Q = jnp.maximum(top_Q, s_QC.max(axis=1) * factor)
+                decay_Q = jnp.exp2(top_Q - higher_Q)
+                p_QC = jnp.exp2(s_QC * factor - lax.broadcast_in_dim(higher_Q, s_QC.shape, [0]))
+                acc_QD *= lax.broadcast_in_dim(decay_Q, acc_QD.shape, [0])
+                sum_Q = sum_Q * decay_Q + p_QC.sum(axis=1)
+                p16_QC = p_QC.astype(jnp.bfloat16)
+                # nothing of the softmax may drift behind the hand-over
+                acc_QD, sum_Q, higher_Q, p16_QC = lax.optimization_barrier((acc_QD, sum_Q, higher_Q, p16_QC))
+                hand_over()
+                plgpu.barrier_wait(v_ready.at[here])
+                await_turn()
+
+                def next_keys():
+                    @pl.when(step + 1 < count)
+                    def wait():
+                        plgpu.barrier_wait(k_ready.at[slot(step + 1, stages)])
+
+                acc_QD = ops.add_product(acc_QD, p16_QC, smem["v"].at[here], issued=next_keys)
+                plgpu.barrier_arrive(v_free.at[here])
+                return acc_QD, higher_Q, sum_Q
+
+            carry = (
+                ops.full((HALF, D), 0.0, plgpu.Layout.WGMMA),
+                ops.full((HALF,), FLOOR, ROW),
+                ops.full((HALF,), 0.0, ROW),
             )
-            plgpu.barrier_wait(start_bars.at[wg])
+            carry = lax.fori_loop(0, full, lambda i, c: visit(False, i, c), carry)
+            acc_QD, top_Q, sum_Q = lax.fori_loop(full, count, lambda i, c: visit(True, i, c), carry)
+            pl.when(wg == 0)(swap)
 
-            def step(i, carry, mask: bool):
-                acc_qD, top_q, sum_q = carry
-                slot = lax.rem(i, stages)
-                plgpu.barrier_wait(k_bars.at[slot])
-                s_qk = ops.product_nt(qo_smem, k_smem.at[slot]) * (scale * LOG2E)
-                pass_the_turn()
-                plgpu.barrier_arrive(k_done.at[slot])
-                if mask:
-                    key_tile = step_ref[tile, i]
-                    level = level_ref[key_tile]
-                    key_qk = base_ref[key_tile] + ops.iota((q, bk), 1)
-                    first_q, stop_q = (ops.load(bounds_smem.at[level, end], ROWS) for end in (0, 1))
-                    seen_qk = (key_qk >= ops.rows(first_q, (q, bk))) & (key_qk < ops.rows(stop_q, (q, bk)))
-                    s_qk = jnp.where(seen_qk, s_qk, NEG)
-                new_q = jnp.maximum(top_q, s_qk.max(axis=1))
-                # a query that has seen nothing yet counts hidden keys; the first key it sees wipes them out
-                shrink_q = jnp.exp2(top_q - new_q)
-                p_qk = jnp.exp2(s_qk - ops.rows(new_q, (q, bk)))
-                sum_q = sum_q * shrink_q + p_qk.sum(axis=1)
-                acc_qD = acc_qD * ops.rows(shrink_q, (q, D))
-                p16_qk = p_qk.astype(jnp.bfloat16)
-                acc_qD, new_q, sum_q, p16_qk = lax.optimization_barrier((acc_qD, new_q, sum_q, p16_qk))
-                leave()
-                plgpu.barrier_wait(v_bars.at[slot])
-                take()
-                acc_qD = ops.add_product(acc_qD, p16_qk, v_smem.at[slot])
-                plgpu.barrier_arrive(v_done.at[slot])
-                return acc_qD, new_q, sum_q
-
-            carry = ops.full((q, D), 0.0), ops.full((q,), NEG, layout=ROWS), ops.full((q,), 0.0, layout=ROWS)
-            pl.when(wg == 1)(pass_the_turn)
-            carry = lax.fori_loop(0, full, lambda i, c: step(i, c, mask=False), carry)
-            acc_qD, top_q, sum_q = lax.fori_loop(full, steps, lambda i, c: step(i, c, mask=True), carry)
-            pl.when(wg == 0)(pass_the_turn)
-
-            qo_smem[...] = (acc_qD / ops.rows(sum_q, (q, D))).astype(jnp.bfloat16)
-            lse_smem[...] = top_q + jnp.log(sum_q) * LOG2E
+            some_Q = sum_Q > 0.0
+            sum_Q = jnp.where(some_Q, sum_Q, jnp.full_like(sum_Q, 1.0))
+            o_QD = acc_QD / lax.broadcast_in_dim(sum_Q, acc_QD.shape, [0])
+            q_smem[...] = o_QD.astype(jnp.bfloat16)
+            lse_smem[...] = jnp.where(some_Q, top_Q + jnp.log(sum_Q) * LOG2_E, jnp.full_like(sum_Q, EMPTY))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(qo_smem, o_ref.at[batch, pl.ds(begin, q), head])
-            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[batch, head, pl.ds(begin, q)])
+            plgpu.copy_smem_to_gmem(q_smem, o_ref.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[batch, head, rows])
             plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(wg == COMPUTE)
-        def load():
-            ops.registers(40, "decrease")
-            key_head = lax.div(head, jnp.int32(G))
-            pairs = ((k_ref, k_smem, k_bars, k_done), (v_ref, v_smem, v_bars, v_done))
+        @pl.when(wg == WORKERS)
+        def move():
+            ops.set_registers(24, "decrease")
+            key_head = lax.div(head, jnp.int32(group))
 
-            @pl.loop(0, steps)
-            def _(i):
-                slot = lax.rem(i, stages)
-                rows = batch, pl.ds(step_ref[tile, i] * bk, bk), key_head
-                for ref, smem, bars, free in pairs:
-                    pl.when(i >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], bars.at[slot])
+            def pipe(refs, name, ready, free):
+                rows = [lambda some, ref=ref: ref.at[batch, some, key_head] for ref in refs]
+                return rows, smem[name], ready, free
 
-            ops.drain(steps, stages, k_done, v_done)
+            pipes = [
+                pipe((k0_ref, k1_ref), "k", k_ready, k_free),
+                pipe((v0_ref, v1_ref), "v", v_ready, v_free),
+            ]
+            bring_keys(pipes, lambda step: visit_ref[x, block, step], count, starts, tile, stages)
 
-    run = ops.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(q_BRHD.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((B, H, R), jnp.float32),
-        ),
-        scratch_types=(
-            (
-                matrix(COMPUTE, q, D),
-                matrix(stages, bk, D),
-                matrix(stages, bk, D),
-                vector(COMPUTE, levels, 2, q, dtype=jnp.int32),
-                vector(COMPUTE, q),
-            ),
-            (
-                plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-                plgpu.Barrier(num_barriers=stages),
-                plgpu.Barrier(num_barriers=stages),
-            ),
-            (plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),) * 2,
-            plgpu.Barrier(num_arrivals=COMPUTE),
-        ),
-        grid={"heads": H, "tiles": R // Q_TILE, "batch": B},
-        name="gist_forward",
+    buffers = forward_buffers(config, D, ranges_XNRQ.shape[2] // 2)
+    scratch = (
+        {name: buffer.allocate() for name, buffer in buffers.items()},
+        plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WORKERS),
     )
-    tables = visits.step_NS, visits.full_N, visits.all_N, tiles.level_J, tiles.base_J
-    return run(q_BRHD, k_BSKD, v_BSKD, bounds, *(jnp.asarray(x) for x in tables))
+    run = kernel(
+        body,
+        out=(jax.ShapeDtypeStruct(q_BNHD.shape, jnp.bfloat16), jax.ShapeDtypeStruct((B, H, N), jnp.float32)),
+        scratch=scratch,
+        grid={"heads": H, "tiles": N // TILE, "batch": B},
+        name="gist_forward",
+        interpret=interpret,
+    )
+    return run(q_BNHD, *k, *v, ranges_XNRQ, *visits)

@@ -1,122 +1,221 @@
-"""Which tiles of keys a tile of queries visits, from the pattern alone, before anything runs.
+"""Which tile of queries meets which tile of keys: tables of small integers, made from the `GistSpec` with numpy.
 
-Queries stand in stream order: rows of all levels by the end of their span, so that a tile sees a short run of every
-level. Keys are segregated by level, so that tiles of them are full. Every visible pair lies in exactly one visited
-tile; tiles in which every query sees every key come first and need no mask.
+Queries of all levels lie in one stream ordered by the end of their spans, so that a tile of them looks back over one
+stretch of time. Keys lie level by level, each level in whole tiles, so that tiles are full. What a query row sees of a
+level is one range of rows; a tile of keys is visited if some row of the query tile sees some of it, and needs no mask
+if every row sees all of it. Documents packed into one sequence only raise the starts of those ranges.
 """
 
-import itertools
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from kernels_pallas.mosaic_gpu.config import Q_TILE, WARPGROUP_ROWS, Config
 from kernels_pallas.spec import GistSpec
+
+LEVEL_SHIFT = 24  # a key tile is named by level << 24 | its number inside the level
+NOBODY = 2**30  # start of an empty range
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The rows of all levels by the end of their spans, padded to a multiple of `unit` rows."""
+
+    spec: GistSpec
+    tokens: int
+    unit: int
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.spec.rows(self.tokens)
+
+    @property
+    def length(self) -> int:
+        return -(-sum(self.rows) // self.unit) * self.unit
+
+    def order(self) -> np.ndarray:
+        """[length]: place of every row of the stream in the levels laid end to end; their sum for padding."""
+        level = np.repeat(np.arange(len(self.rows)), self.rows)
+        index = np.concatenate([np.arange(n) for n in self.rows])
+        end = (index + 1) * self.spec.block**level
+        order = np.lexsort((level, end))
+        return np.pad(order, (0, self.length - len(order)), constant_values=len(order)).astype(np.int32)
+
+    def places(self) -> list[np.ndarray]:
+        """For every level, where its rows lie in the stream."""
+        back = np.argsort(self.order()[: sum(self.rows)]).astype(np.int32)
+        return np.split(back, np.cumsum(self.rows)[:-1])
+
+    def ranges(self) -> np.ndarray:
+        """[levels, 2, length]: first and stop of the rows of each level that a row of the stream sees."""
+        parts = [self.spec.key_ranges(level, np.arange(n)) for level, n in enumerate(self.rows)]
+        ends = np.array(
+            [[np.concatenate([part[m][i] for part in parts]) for i in (0, 1)] for m in self._levels()]
+        )
+        return np.pad(ends, ((0, 0), (0, 0), (0, 1)))[:, :, self.order()].astype(np.int32)
+
+    def last_tokens(self) -> np.ndarray:
+        """[length]: last token of each row's span, whose document is the row's; 0 for padding."""
+        last = [(np.arange(n) + 1) * self.spec.block**level - 1 for level, n in enumerate(self.rows)]
+        return np.concatenate([*last, [0]])[self.order()].astype(np.int32)
+
+    def _levels(self):
+        return range(len(self.rows))
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The rows of every level in whole tiles; levels above the tokens lie end to end in one array."""
+
+    rows: tuple[int, ...]
+    tile: int
+
+    def tiles(self, level: int) -> int:
+        return -(-self.rows[level] // self.tile)
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Row at which each level starts in its array: tokens in one, all other levels in another."""
+        above = np.cumsum([self.tiles(m) * self.tile for m in range(1, len(self.rows))])
+        return (0, 0, *above[:-1].tolist())
+
+
+class Bounds(NamedTuple):
+    """Over the rows of each query tile, [..., tiles, levels]: what some row sees, and what every row sees."""
+
+    first_any: object
+    stop_any: object
+    first_all: object
+    stop_all: object
+
+
+def bounds(ranges, tile: int, xp=np) -> Bounds:
+    """`ranges` is [..., levels, 2, rows]; the rows of a tile follow each other."""
+    tiles = ranges.reshape(*ranges.shape[:-1], -1, tile)
+    first, stop = (xp.moveaxis(tiles[..., i, :, :], -3, -2) for i in (0, 1))  # [..., tiles, levels, rows]
+    some = first < stop
+    return Bounds(
+        xp.where(some, first, NOBODY).min(-1), xp.where(some, stop, 0).max(-1), first.max(-1), stop.min(-1)
+    )
 
 
 class Visits(NamedTuple):
-    """Per tile of one side the tiles of the other that it visits."""
+    """For every work item a list of visits: those without a mask first, then those with one, then padding."""
 
-    step_NS: np.ndarray  # int32: tiles, the full ones first; 0 behind the last
-    full_N: np.ndarray  # int32: how many are full
-    all_N: np.ndarray  # int32: how many there are
-    order_N: np.ndarray  # int32: tiles by falling number of visits: the longest begin first
+    visit: object  # [..., items, most]: key tiles (query-major), query tiles (key-major)
+    full: object  # [..., items]: how many need no mask
+    count: object  # [..., items]: how many there are
 
 
-class Tiles(NamedTuple):
-    """R rows of queries and S rows of keys after padding."""
+def by_kind(visit, query_tile, level, start, limits: Bounds, key_tile: int, xp=np) -> Visits:
+    """Orders lists by what `limits` says about each pair. The first four are [items, most]; query tile -1 pads."""
+    pick = [x[..., xp.maximum(query_tile, 0), level] for x in limits]
+    stop = start + key_tile
+    some = (pick[0] < stop) & (pick[1] > start) & (query_tile >= 0)
+    every = some & (pick[2] <= start) & (pick[3] >= stop)
+    kind = xp.where(every, 0, xp.where(some, 1, 2))
+    if xp is np:
+        order = np.argsort(kind, axis=-1, kind="stable")
+    else:
+        order = xp.argsort(kind, axis=-1, stable=True)
+    listed = xp.take_along_axis(xp.broadcast_to(visit, kind.shape), order, axis=-1)
+    return Visits(listed.astype(np.int32), every.sum(-1).astype(np.int32), some.sum(-1).astype(np.int32))
 
-    query_R: np.ndarray  # row of the levels side by side that stands here, -1 for padding
-    place: np.ndarray  # where each row of the levels side by side stands
-    first_LR: np.ndarray  # int32: what each query sees of each level
-    stop_LR: np.ndarray
-    offsets: tuple[int, ...]  # where the keys of each level begin, and where the last ends
-    level_J: np.ndarray  # int32 per key tile of `config.block_k`: its level
-    base_J: np.ndarray  # int32 per key tile: its first row within the level
-    keys_of_queries: Visits  # of tiles of Q_TILE queries
-    level_C: np.ndarray  # the same for key tiles of Q_TILE, which dkv takes
-    base_C: np.ndarray
-    queries_of_keys: Visits  # tiles of WARPGROUP_ROWS queries
+
+class Pairs(NamedTuple):
+    """All pairs of tiles that may meet, one entry each."""
+
+    query: np.ndarray
+    level: np.ndarray
+    key: np.ndarray  # tile inside the level
+
+
+def pairs(stream: Stream, query_tile: int, key_tile: int) -> Pairs:
+    limits = bounds(stream.ranges(), query_tile)
+    first = np.minimum(limits.first_any, limits.stop_any) // key_tile
+    count = np.maximum(0, -(-limits.stop_any // key_tile) - first)  # [tiles, levels]
+    query, level = (np.repeat(x.ravel(), count.ravel()) for x in np.indices(count.shape))
+    inside = np.arange(len(query)) - np.repeat(np.cumsum(count) - count.ravel(), count.ravel())
+    return Pairs(query, level, np.repeat(first.ravel(), count.ravel()) + inside)
+
+
+def table(item: np.ndarray, values: tuple[np.ndarray, ...], items: int) -> list[np.ndarray]:
+    """[items, most] per array of values, which are sorted by item; -1 pads."""
+    count = np.bincount(item, minlength=items)
+    most = max(1, int(count.max(initial=0)))
+    place = np.arange(len(item)) - np.repeat(np.cumsum(count) - count, count)
+    out = []
+    for x in values:
+        rows = np.full((items, most), -1, np.int32)
+        rows[item, place] = x
+        out.append(rows)
+    return out
+
+
+class QueryLists(NamedTuple):
+    """Query-major: which key tiles each query tile visits; arrays [query tiles, most]."""
+
+    visit: np.ndarray
+    query: np.ndarray
+    level: np.ndarray
+    start: np.ndarray
+
+    def visits(self, limits: Bounds, key_tile: int, xp=np) -> Visits:
+        return by_kind(self.visit, self.query, self.level, self.start, limits, key_tile, xp)
 
 
 @lru_cache(maxsize=64)
-def plan(spec: GistSpec, T: int, config: Config) -> Tiles:
-    sizes = spec.rows(T)
-    level_r = np.concatenate([np.full(n, level) for level, n in enumerate(sizes)])
-    row_r = np.concatenate([np.arange(n) for n in sizes])
-    stream = np.lexsort((level_r, (row_r + 1) * spec.block**level_r))
-    R = -(-len(stream) // Q_TILE) * Q_TILE
-    query_R = np.full(R, -1)
-    query_R[: len(stream)] = stream
-    place = np.empty(len(stream), np.int64)
-    place[stream] = np.arange(len(stream))
-    first_LR, stop_LR = np.zeros((2, spec.levels + 1, R), np.int32)
-    for level, rows in enumerate(sizes):
-        here = place[level_r == level]
-        for m, (first, stop) in enumerate(spec.key_ranges(level, np.arange(rows))):
-            first_LR[m, here], stop_LR[m, here] = first, np.maximum(first, stop)
-    offsets = [0]
-    for n in sizes:
-        offsets.append(offsets[-1] + -(-max(n, 1) // config.key_tile) * config.key_tile)
+def query_lists(stream: Stream, query_tile: int, key_tile: int) -> QueryLists:
+    found = pairs(stream, query_tile, key_tile)
+    values = (found.level << LEVEL_SHIFT | found.key, found.query, found.level, found.key * key_tile)
+    visit, query, level, start = table(found.query, values, stream.length // query_tile)
+    return QueryLists(np.maximum(visit, 0), query, np.maximum(level, 0), start)
 
-    def of_size(size: int):
-        level_J = np.concatenate(
-            [np.full((b - a) // size, m) for m, (a, b) in enumerate(itertools.pairwise(offsets))]
-        )
-        base_J = np.arange(len(level_J)) * size - np.asarray(offsets)[level_J]
-        return level_J.astype(np.int32), base_J.astype(np.int32)
 
-    level_J, base_J = of_size(config.block_k)
-    level_C, base_C = of_size(Q_TILE)
-    real_R = query_R >= 0
-    forward = _visits(*_touch(first_LR, stop_LR, real_R, Q_TILE, level_J, base_J, config.block_k))
-    any_QC, full_QC = _touch(first_LR, stop_LR, real_R, WARPGROUP_ROWS, level_C, base_C, Q_TILE)
-    return Tiles(
-        query_R,
-        place,
-        first_LR,
-        stop_LR,
-        tuple(offsets),
-        level_J,
-        base_J,
-        forward,
-        level_C,
-        base_C,
-        _visits(any_QC.T, full_QC.T),
+class KeyLists(NamedTuple):
+    """Key-major: the query tiles that each item visits. An item is a key tile, or a part of one that is long."""
+
+    name: np.ndarray  # [items, 3]: first row in its array, level, first row in its level
+    query: np.ndarray  # [items, most], -1 pads
+    parts: np.ndarray | None  # [key tiles of the array, most parts]: items of each tile, `items` pads
+
+    def visits(self, limits: Bounds, key_tile: int, xp=np) -> Visits:
+        level, start = self.name[:, 1:2], self.name[:, 2:]
+        return by_kind(np.maximum(self.query, 0), self.query, level, start, limits, key_tile, xp)
+
+
+@lru_cache(maxsize=64)
+def key_lists(stream: Stream, query_tile: int, key_tile: int, above: bool, longest: int) -> KeyLists:
+    """Of the tokens (`above` false: an item per tile), or of all levels above (at most `longest` visits an item)."""
+    keys = Keys(stream.rows, key_tile)
+    found = pairs(stream, query_tile, key_tile)
+    chosen = (found.level > 0) == above
+    query, level, key = (x[chosen] for x in found)
+    tile = key + np.asarray(keys.starts)[level] // key_tile
+    order = np.lexsort((query, tile))
+    query, tile = query[order], tile[order]
+    levels = range(1, len(stream.rows)) if above else (0,)
+    names = [(keys.starts[m] + i * key_tile, m, i * key_tile) for m in levels for i in range(keys.tiles(m))]
+    names = np.array(names, np.int32).reshape(-1, 3)
+    if not above:
+        return KeyLists(names, table(tile, (query,), len(names))[0], None)
+    count = np.bincount(tile, minlength=len(names))
+    place = np.arange(len(tile)) - np.repeat(np.cumsum(count) - count, count)
+    pieces = -(-count // longest)
+    item = (np.cumsum(pieces) - pieces)[tile] + place // longest
+    owner = np.repeat(np.arange(len(names)), pieces)
+    (listed,) = table(item, (query,), len(owner))
+    # the longest start first, so that the last ones to finish are short
+    order = np.argsort(-(listed >= 0).sum(1), kind="stable")
+    (parts,) = table(owner, (np.argsort(order),), len(names))
+    return KeyLists(
+        names[owner][order], listed[order], np.where(parts < 0, len(owner), parts).astype(np.int32)
     )
 
 
-def _touch(first_LR, stop_LR, real_R, rows: int, level_J, base_J, size: int):
-    """(any, full) [query tiles, key tiles]: whether some query sees some key, and whether all see all."""
-
-    def over(x_LR, empty, reduce):
-        return reduce(np.where(sees_LR, x_LR, empty).reshape(len(x_LR), -1, rows), axis=-1)[level_J].T
-
-    sees_LR = real_R & (stop_LR > first_LR)
-    far = np.iinfo(np.int32).max
-    begin_J, end_J = base_J, base_J + size
-    # the rows that a tile of queries sees of a level are one run
-    any_QJ = (over(first_LR, far, np.min) < end_J) & (over(stop_LR, -1, np.max) > begin_J)
-    blind_LQ = (real_R & ~sees_LR).reshape(len(first_LR), -1, rows).any(-1)
-    full_QJ = (over(first_LR, -1, np.max) <= begin_J) & (over(stop_LR, far, np.min) >= end_J)
-    return any_QJ, any_QJ & full_QJ & ~blind_LQ[level_J].T
-
-
-def _visits(any_NM, full_NM) -> Visits:
-    all_N = any_NM.sum(1)
-    kind_NM = np.where(full_NM, 0, np.where(any_NM, 1, 2))
-    order_NM = np.argsort(kind_NM, axis=1, kind="stable")[:, : max(1, all_N.max())]
-    step_NS = np.where(np.arange(order_NM.shape[1]) < all_N[:, None], order_NM, 0)
-    return Visits(
-        step_NS.astype(np.int32),
-        full_NM.sum(1).astype(np.int32),
-        all_N.astype(np.int32),
-        np.argsort(-all_N, kind="stable").astype(np.int32),
-    )
-
-
-def density(spec: GistSpec, T: int, config: Config) -> float:
-    """Visited tiles of 128 x `block_k` over those of dense causal attention of T tokens."""
-    dense = sum(-(-min(T, start + Q_TILE) // config.block_k) for start in range(0, T, Q_TILE))
-    return int(plan(spec, T, config).keys_of_queries.all_N.sum()) / dense
+def density(stream: Stream, query_tile: int = 128, key_tile: int = 128) -> float:
+    """Pairs of tiles that are visited, over those of dense causal attention of the same tokens."""
+    n = -(-stream.tokens // query_tile)
+    dense = sum(-(-min((i + 1) * query_tile, stream.tokens) // key_tile) for i in range(n))
+    return len(pairs(stream, query_tile, key_tile).query) / dense

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from kernels_pallas import Refused
-from kernels_pallas.api import Chosen, choose
+from kernels_pallas import Refused, choose
+from kernels_pallas.api import Chosen
 from megacontext_jax.config import Config
 from megacontext_jax.context import setup
 from megacontext_jax.context.gist_rows import GistRows

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 
+from kernels_pallas import describe
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
 from megacontext_jax.checkpoints.contents import load_tokenizer
@@ -253,7 +254,7 @@ def row_facts(config: Config, phases: list) -> dict:
     keys = rows.cfg.keys_per_token()
     return {
         "Attention": row_setup.describe(rows.cfg),
-        "Gist attention runs": str(row_setup.implementation(config, rows.base)),
+        "Runs": describe(row_setup.implementation(config, rows.base)),
         "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
         "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
         "Gists begin": f"at step {phases[-1].first_step}, before that everything is seen as tokens "

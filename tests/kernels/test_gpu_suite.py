@@ -35,7 +35,7 @@ def test_every_case_gets_its_row(tmp_path):
     assert done.returncode == 1, done.stderr
     found = json.loads((tmp_path / "gist_attention.json").read_text())
     assert "H100" in found["gpu"]
-    assert "no NVIDIA GPU" in found["cases"]["check_128"]["error"]
+    assert "no Hopper GPU" in found["cases"]["check_128"]["error"]
     assert "0 of" in done.stdout
 
 
