@@ -213,6 +213,10 @@ def export_checkpoint(
     """
     meta = read_meta(run, step)
     step, cfg, stage, tag = meta["step"], GPTConfig(**meta["model_config"]), meta["stage"], meta["tag"]
+    if cfg.attention != "dense":
+        raise UserError(
+            f"{run} has {cfg.attention} attention, which PyTorch nanochat cannot express; nothing was written."
+        )
     if cfg.constants not in NANOCHAT:
         raise UserError(
             f"{run} is of architecture {cfg.arch}, which PyTorch nanochat cannot express; nothing was written."

@@ -11,6 +11,7 @@ import pytest
 from megacontext_jax.cli import parse
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.load import load_model
+from megacontext_jax.interop.transfer import export_checkpoint
 from megacontext_jax.telemetry import names
 from scripts import base_train, chat_eval
 from tests.test_recipe import ROOT, N, command, environment, run
@@ -143,6 +144,12 @@ def test_what_cannot_be_is_refused_in_a_sentence(here, script, words, sentence):
     with pytest.raises(UserError, match=sentence) as error:
         script.main(flags(*words))
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_nanochat_cannot_express_is_not_exported(here, tmp_path):
+    run_folder = here / "artifacts/megacontext_base_d1"
+    with pytest.raises(UserError, match="gist attention, which PyTorch nanochat cannot express"):
+        export_checkpoint(run_folder, tmp_path)
 
 
 def test_a_model_may_be_judged_with_more_levels(here):
