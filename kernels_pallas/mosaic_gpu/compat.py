@@ -5,8 +5,6 @@ interpret mode, which knows neither accumulator references nor transposed ones, 
 Everything else a kernel does (tables, masks, barriers, copies, softmax) is the same code in both.
 """
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -15,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 ROW = plgpu.Layout.WGMMA.reduce(1)  # a number per row of an accumulator
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # a number per column
 
-_LOAD_TAKES_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+_OLD = jax.__version_info__ < (0, 11)  # where loads ask for an index, and transposing is a function
 
 
 class Ops:
@@ -34,7 +32,7 @@ class Ops:
         """A vector in shared memory, spread over an accumulator's rows or columns."""
         if self.interpret:
             return ref[...]
-        if _LOAD_TAKES_INDEX:
+        if _OLD:
             return plgpu.load(ref, (), layout=layout)
         return plgpu.load(ref, layout=layout)
 
@@ -105,7 +103,7 @@ class Ops:
 
 
 def transposed(ref):
-    return plgpu.transpose_ref(ref, (1, 0)) if hasattr(plgpu, "transpose_ref") else ref.transpose((1, 0))
+    return plgpu.transpose_ref(ref, (1, 0)) if _OLD else ref.transpose((1, 0))
 
 
 def kernel(body, *, out, scratch, grid: dict[str, int], name: str, interpret):
