@@ -27,6 +27,11 @@ MINUTES = 9
 HEADS, HEAD_DIM = 10, 128
 LENGTHS = (2048, 4096, 8192, 32_768, 65_536)
 XLA_UP_TO = 8192  # tokens: beyond, chunked XLA alone would use up a case's time
+VARIANTS = (  # of the kernels' configuration: other tiles, shorter lists of visits, no schedule
+    {"key_tile": 64, "forward_stages": 4, "dq_stages": 3},
+    {"longest": 32},
+    {"ping_pong": False},
+)
 CHECKS = ("check_128", "check_64", "check_packed")
 STEPS = ("step_dense", "step_gist", "decode_dense", "decode_gist")
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}  # bytes/s, from the data sheets of the SXM boards
@@ -36,7 +41,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--case", help=f"one of {', '.join(CHECKS + STEPS)}, flex_T, time_T_BATCH")
+    parser.add_argument(
+        "--case", help=f"one of {', '.join(CHECKS + STEPS)}, flex_T, tune_T_VARIANT, time_T_BATCH"
+    )
     parser.add_argument("--minutes", type=float, default=MINUTES, help="begin no case after these")
     args = parser.parse_args()
     if args.case:
@@ -78,6 +85,7 @@ def drive(gpu: str, minutes: float) -> int:
         *(f"time_{T}_4" for T in LENGTHS),
         *STEPS,
         "flex_8192",
+        *(f"tune_8192_{i}" for i in range(len(VARIANTS))),
         *(f"time_{T}_1" for T in LENGTHS),
     ]
     about = {
@@ -146,6 +154,8 @@ def run_case(name: str) -> dict:
         return training_step(numbers[0])
     if kind == "decode":
         return decoding(numbers[0])
+    if kind == "tune":
+        return tuning(*map(int, numbers))
     if kind == "flex":
         return flex(int(numbers[0]))
     raise SystemExit(f"error: there is no case {name!r}; see --help.")
@@ -247,6 +257,36 @@ def timing(T: int, batch: int) -> dict:
         "pair_density": problem.pairs() / (T * (T + 1) / 2),
         "device": device,
         "jax": jax.__version__,
+        "config": str(config),
+    }
+
+
+def tuning(T: int, variant: int) -> dict:
+    """Milliseconds of gist attention in another configuration, to hold against the row of `time_T_4`."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+
+    from kernels_pallas import GistSpec
+    from kernels_pallas.mosaic_gpu import gist_attention_mosaic_gpu
+    from kernels_pallas.mosaic_gpu.config import default_config
+    from kernels_pallas.shapes import Problem
+
+    config = dataclasses.replace(default_config(HEAD_DIM), **VARIANTS[variant])
+    problem = Problem(T, GistSpec(), 4, HEADS, HEADS, HEAD_DIM)
+
+    def attend(q, k, v):
+        return gist_attention_mosaic_gpu(q, k, v, problem.spec, None, HEAD_DIM**-0.5, config)
+
+    def both(q, k, v, do):
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(do)
+
+    arrays = problem.arrays(dtype=jnp.bfloat16)
+    return {
+        "forward": milliseconds(jax.jit(attend), *arrays[:3]),
+        "both": milliseconds(jax.jit(both), *arrays),
         "config": str(config),
     }
 

@@ -69,6 +69,8 @@ def wrong(facts: dict) -> list[str]:
         found.append(f"{facts['spilled']} bytes spilled")
     if facts["mma_sync"] or not facts["wgmma"]:
         found.append("matrix products without wgmma")
+    if facts["serialized"]:
+        found.append("the compiler waits after every wgmma")
     if not facts["tma"]:
         found.append("copies without TMA")
     if not 0 < facts["shared_memory"] <= SHARED_MEMORY:
@@ -201,6 +203,7 @@ def described(folder: Path) -> dict[str, dict]:
             "wgmma": code.count("wgmma.mma_async"),
             "tma": code.count("cp.async.bulk.tensor"),
             "mma_sync": len(re.findall(r"\bmma\.sync", code)),
+            "serialized": said.count("serialized"),
         }
     for file in folder.iterdir():
         file.unlink()

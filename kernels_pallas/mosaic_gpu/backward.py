@@ -83,9 +83,9 @@ def dq_pass(
                         s_QC = mask_keys(ops, s_QC, ranges_smem, visit_ref[x, block, step])
                     return jnp.exp2(s_QC * factor - lax.broadcast_in_dim(lse_Q, s_QC.shape, [0]))
 
-                # at 128 columns a mask on top of three accumulators would not fit in the registers
+                # a mask on top of three accumulators of 64 by 128 would not fit in the registers
                 p_QC, dp_QC = ops.two_products_t(
-                    q_smem, k_smem, do_smem, v_smem, probabilities, overlap=D == 64 or not masked
+                    q_smem, k_smem, do_smem, v_smem, probabilities, overlap=tile * D < 128 * 128 or not masked
                 )
                 plgpu.barrier_arrive(v_free.at[here])
                 ds_QC = p_QC * (dp_QC - lax.broadcast_in_dim(delta_Q, dp_QC.shape, [0]))

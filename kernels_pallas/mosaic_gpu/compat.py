@@ -108,7 +108,7 @@ def transposed(ref):
 
 def kernel(body, *, out, scratch, grid: dict[str, int], name: str, interpret):
     """Three warpgroups per grid point: two that compute, one that moves memory."""
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
@@ -122,3 +122,17 @@ def kernel(body, *, out, scratch, grid: dict[str, int], name: str, interpret):
         kernel_name=name,
         interpret=interpret,
     )
+
+    def call(*operands):
+        # under `shard_map` results differ between devices as operands do, which a kernel does not say of itself
+        axes = frozenset().union(*(_varying(x) for x in operands))
+        return tuple(
+            jax.lax.pcast(x, tuple(sorted(axes - _varying(x))), to="varying") for x in run(*operands)
+        )
+
+    return call
+
+
+def _varying(x) -> frozenset:
+    """Names of the mesh axes over which an array differs, inside `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying

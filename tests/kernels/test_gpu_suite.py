@@ -63,3 +63,13 @@ def test_rows_are_readable():
     assert "3.00 x dense" in said
     assert "1.67 of dense x tile density" in said
     assert "after 60 s" in gpu_kernels.line("time_8192_4", {"error": "not done after 60 s"})
+
+
+def test_the_configurations_that_are_timed_fit():
+    from dataclasses import replace
+
+    from kernels_pallas.mosaic_gpu.config import SHARED_MEMORY, default_config, largest
+
+    head_dim = gpu_kernels.HEAD_DIM
+    for variant in gpu_kernels.VARIANTS:
+        assert largest(replace(default_config(head_dim), **variant), head_dim, 3) <= SHARED_MEMORY

@@ -27,6 +27,14 @@ def test_kernels_compile_for_hopper_without_spills():
 
 def test_the_gate_is_closed_to_what_is_wrong():
     good = {"registers": 168, "spilled": 0, "shared_memory": 200_000, "wgmma": 32, "tma": 9, "mma_sync": 0}
+    good["serialized"] = 0
     assert wrong(good) == []
-    for change in ({"spilled": 8}, {"wgmma": 0}, {"mma_sync": 4}, {"tma": 0}, {"shared_memory": 240_000}):
+    for change in (
+        {"spilled": 8},
+        {"serialized": 1},
+        {"wgmma": 0},
+        {"mma_sync": 4},
+        {"tma": 0},
+        {"shared_memory": 240_000},
+    ):
         assert len(wrong(good | change)) == 1

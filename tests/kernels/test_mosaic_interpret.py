@@ -131,3 +131,20 @@ def test_a_row_that_sees_nothing_is_zero_and_gives_no_gradient(monkeypatch):
         assert not np.asarray(x[1][:, 3], np.float32).any()
     for ours, theirs in ((dk, wanted[2]), (dv, wanted[3])):
         assert relative(ours, theirs) < CLOSE
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_gradients_are_taken_inside_shard_map(tokens):
+    """What kernels return must vary over the mesh as what they were given does; nothing is run."""
+    problem = Problem(tokens, GistSpec(), batch=2, heads=2, key_heads=1, head_dim=64)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    part = jax.sharding.PartitionSpec("data")
+
+    def attend(q, k, v):
+        return gist_attention_mosaic_gpu(q, k, v, problem.spec, None, 0.1)
+
+    spread = jax.shard_map(attend, mesh=mesh, in_specs=part, out_specs=part)
+    push = jax.grad(lambda *x: sum((o.astype(jnp.float32) ** 2).sum() for o in spread(*x)), (0, 1, 2))
+    inputs = problem.arrays(dtype=jnp.bfloat16)[:3]
+    found = jax.eval_shape(push, *inputs)
+    assert [x.shape for x in jax.tree.leaves(found)] == [x.shape for x in jax.tree.leaves(inputs)]
