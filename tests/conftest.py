@@ -12,8 +12,6 @@ os.environ.setdefault(
     str(Path(tempfile.gettempdir()) / f"megacontext-jax-test-cache-{os.getuid()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# threads of XLA's pool: interpreted kernels block one for each of their warpgroups, and stop for good if none is left
-os.environ.setdefault("NPROC", "8")
 os.environ["WANDB_MODE"] = "disabled"
 
 GOLDEN = Path(__file__).parent / "golden"
