@@ -20,6 +20,8 @@ from kernels_pallas import GistSpec, gist_attention
 from kernels_pallas.shapes import Problem
 from megacontext_jax.model.attention import blocked_attention
 
+LONGEST = 65_536  # tokens, of which only the memory is looked at
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -43,6 +45,10 @@ def main() -> None:
             f"{r['gist_ms']:7.1f} ms = {r['blocked_ms'] / r['gist_ms']:4.1f} x faster than blocked; "
             f"floors {r['dense_floor_ms']:.1f} and {r['gist_floor_ms']:.1f} ms"
         )
+    memory = temporary_bytes(Problem(LONGEST, spec, 1, 1, 1, args.head_dim))
+    print(
+        f"{LONGEST:>7} tokens, 1 head: {memory / 2**20:.0f} MB beside arguments and results, forward and backward"
+    )
     first = next((n for n, r in result.items() if r["gist_ms"] < r["blocked_ms"]), None)
     print(
         f"gist attention is the faster one from {first} tokens on"
@@ -51,7 +57,13 @@ def main() -> None:
     )
     print(
         json.dumps(
-            {"benchmark": "gist_attention", "machine": machine(), "gemm_gflops": round(rate, 1), **result}
+            {
+                "benchmark": "gist_attention",
+                "machine": machine(),
+                "gemm_gflops": round(rate, 1),
+                "temporary_bytes_65536": memory,
+                **result,
+            }
         )
     )
 
@@ -78,6 +90,13 @@ def measure(problem: Problem, rounds: int, rate: float) -> dict:
     return {f"{name}_ms": round(1e3 * statistics.median(times), 2) for name, times in seconds.items()} | {
         f"{name}_floor_ms": round(count * flops_per_pair / rate / 1e6, 2) for name, count in floors.items()
     }
+
+
+def temporary_bytes(problem: Problem) -> int:
+    """What the compiled forward and backward pass holds."""
+    q, k, v, _ = jax.eval_shape(problem.arrays)
+    compiled = grads(lambda *x: gist_attention(*x, spec=problem.spec)).lower(q, k, v).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def grads(fn):

@@ -179,7 +179,9 @@ class MegaContextConfig:
     # working contexts in training
     mc_train_wc_length: int = option(-1, "entries at the end of the curriculum; -1 = a quarter of the row")
     mc_num_random_variants: int = option(2, "working contexts per sequence, beside the raw one")
-    mc_raw_share: float = option(0.1, "share of a first stage's steps on raw rows alone, before they join")
+    mc_raw_share: float = option(
+        0.1, "share of a first stage's steps on raw rows alone, before they (or gist attention) join"
+    )
     mc_curriculum_share: float = option(
         0.2, "share of the steps in which they then shrink from 80 % of the row"
     )
@@ -188,10 +190,6 @@ class MegaContextConfig:
     mc_gist_token_weight: float = option(0.0, "weight of what gists predict, beside raw tokens")
     mc_gist_regression_weight: float = option(
         0.02, "weight of forecasts of the next gist (also with --attention gist)"
-    )
-    gist_raw_share: float = option(
-        0.3,
-        "--attention gist: share of a first stage's steps that see everything as tokens, before gists begin",
     )
     mc_lens_loss_weight: float = option(0.1, "weight of LensNet's loss")
     mc_lens_rank_weight: float = option(0.5, "lens: expansions above collapses")

@@ -86,9 +86,9 @@ def phases(
     config: Config, base: Objective, gist: GistConfig, num_iterations: int, *, first_stage: bool
 ) -> list[Phase]:
     """The curriculum: everything as tokens while retrieval forms, then gist attention; that alone unless `first_stage`."""
-    share = config.mc.gist_raw_share
+    share = config.mc.mc_raw_share
     if not 0 <= share < 1:
-        raise UserError(f"--gist-raw-share {share} must lie in [0, 1).")
+        raise UserError(f"--mc-raw-share {share} must lie in [0, 1): gist attention would never begin.")
     rows = objective(config, base, gist)
     start = round(share * num_iterations) if first_stage else 0
     return [Phase(0, base), Phase(start, rows)] if start else [Phase(0, rows)]

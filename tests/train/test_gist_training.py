@@ -18,7 +18,7 @@ from tests.test_recipe import ROOT, N, command, environment, run
 
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
 ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32", "--gistnet-layers", "1")
-GIST = (*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8")
+GIST = (*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8", "--mc-raw-share", "0.3")
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 
 
@@ -132,7 +132,7 @@ def test_a_dense_base_gets_gists_in_a_later_stage(trained):
         (base_train, (*GIST, "--gist-site", "embedding"), "--mc trains"),
         (base_train, (*GIST, "--gist-positions", "rank"), "rank"),
         (base_train, (*GIST, "--gist-window", "9"), "multiple of block"),
-        (base_train, (*GIST, "--gist-raw-share", "1"), "--gist-raw-share"),
+        (base_train, (*GIST, "--mc-raw-share", "1"), "--mc-raw-share"),
         (base_train, (*GIST, "--require-fused"), "fused kernel is required"),
         (base_train, (*GIST, "--attention-impl", "mosaic_gpu"), "no Hopper GPU"),
         (base_train, (*GIST, "--gist-levels", "3"), "gist_levels"),
