@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["WANDB_MODE"] = "disabled"
 
 GOLDEN = Path(__file__).parent / "golden"
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,14 @@ def private_folders(tmp_path, monkeypatch):
     """No test reads or writes a user's folders."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("MEGACONTEXT_ARTIFACTS", str(tmp_path / "artifacts"))
+
+
+@pytest.fixture(scope="module")
+def quick_to_compile():
+    """Processes that the tests of a module start compile in a hurry."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", QUICK)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The recipe as a user runs it: from nothing to an answer; stages killed, continued, repeated, changed."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -12,43 +11,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.runs import ROOT, N, command, environment, kill_when_saved, losses, run
+
 STAGES = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft"}
-N = 12  # steps in tiny.yaml
-
-
-def command(script: str, *flags: str) -> list[str]:
-    return [sys.executable, "-m", f"scripts.{script}", "--config", "tests/tiny.yaml", *flags]
-
-
-def environment(folder: Path) -> dict:
-    folders = {"NANOCHAT_BASE_DIR": str(folder / "base"), "MEGACONTEXT_ARTIFACTS": str(folder / "artifacts")}
-    return os.environ | folders
-
-
-def run(folder: Path, script: str, *flags: str, status: int = 0, configured: bool = True) -> str:
-    """A script's output; not `configured`: one that takes no configuration."""
-    done = subprocess.run(
-        command(script, *flags) if configured else [sys.executable, "-m", f"scripts.{script}", *flags],
-        cwd=ROOT,
-        env=environment(folder),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout + done.stderr
-
-
-def losses(folder: Path, stage: str) -> dict[int, float]:
-    path = folder / f"artifacts/megacontext_{stage}_d2/metrics.jsonl"
-    found: dict[int, float] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        if "train/loss_step" in record:
-            assert record["step"] not in found, "a step was logged twice"
-            found[record["step"]] = record["train/loss_step"]
-    return found
 
 
 def recipe(folder: Path, *words: str, status: int = 0) -> str:
@@ -82,7 +47,7 @@ def test_the_recipe_goes_from_nothing_to_an_answer(trained):
         assert (report / picture).read_bytes().startswith(b"\x89PNG")
     assert "python bpb" in json.dumps(json.loads((report / "base-model-loss.json").read_text()))
     for stage in STAGES:
-        curve = losses(trained, stage)
+        curve = losses(trained, f"megacontext_{stage}_d2")
         assert sorted(curve) == list(range(N))
         assert curve[N - 1] < curve[0]
         assert (trained / f"artifacts/megacontext_{stage}_d2/{N:06d}").is_dir()
@@ -118,20 +83,10 @@ def test_a_killed_stage_continues_to_the_same_losses(trained, tmp_path, stage):
         if part != f"artifacts/megacontext_{stage}_d2":
             shutil.copytree(trained / part, tmp_path / part, symlinks=True)
     shutil.rmtree(tmp_path / f"artifacts/megacontext_{stage}_d2", ignore_errors=True)
-    process = subprocess.Popen(
-        command(STAGES[stage]), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
-    )
-    saved = tmp_path / f"artifacts/megacontext_{stage}_d2/{kill_after:06d}"
-    deadline = time.monotonic() + 200
-    while not saved.exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_saved(tmp_path, f"megacontext_{stage}_d2", kill_after, STAGES[stage])
     said = run(tmp_path, STAGES[stage])
     assert re.search(r"Continuing megacontext_\w+ at step [1-9]", said), said
-    assert losses(tmp_path, stage) == losses(trained, stage)
+    assert losses(tmp_path, f"megacontext_{stage}_d2") == losses(trained, f"megacontext_{stage}_d2")
 
 
 def test_a_finished_stage_says_so_and_a_changed_flag_is_refused_with_both_values(trained):

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic_gpu.compat import ROW, Ops, kernel
 from kernels_pallas.mosaic_gpu.config import HALF, TILE, WORKERS, Config, forward_buffers
-from kernels_pallas.mosaic_gpu.ring import bring_keys, mask_keys, slot
+from kernels_pallas.mosaic_gpu.ring import Pipe, bring_keys, mask_keys, ring_barriers, slot
 from kernels_pallas.mosaic_gpu.tiles import Visits
 
 FLOOR = -1e20  # below every score: a row that has seen nothing keeps finite numbers
@@ -123,25 +123,19 @@ def forward(q_BNHD, k, v, ranges_XNRQ, visits: Visits, starts, scale: float, con
         def move():
             ops.set_registers(24, "decrease")
             key_head = lax.div(head, jnp.int32(group))
-
-            def pipe(refs, name, ready, free):
-                rows = [lambda some, ref=ref: ref.at[batch, some, key_head] for ref in refs]
-                return rows, smem[name], ready, free
-
-            pipes = [
-                pipe((k0_ref, k1_ref), "k", k_ready, k_free),
-                pipe((v0_ref, v1_ref), "v", v_ready, v_free),
-            ]
-            bring_keys(pipes, lambda step: visit_ref[x, block, step], count, starts, tile, stages)
+            pipes = (
+                Pipe((k0_ref, k1_ref), smem["k"], k_ready, k_free),
+                Pipe((v0_ref, v1_ref), smem["v"], v_ready, v_free),
+            )
+            bring_keys(
+                pipes, batch, key_head, lambda step: visit_ref[x, block, step], count, starts, tile, stages
+            )
 
     buffers = forward_buffers(config, D, ranges_XNRQ.shape[2] // 2)
     scratch = (
         {name: buffer.allocate() for name, buffer in buffers.items()},
         plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_barriers=stages),
-        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
-        plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
+        *ring_barriers(stages),
         plgpu.Barrier(num_arrivals=WORKERS),
     )
     run = kernel(

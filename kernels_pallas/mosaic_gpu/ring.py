@@ -1,7 +1,9 @@
 """What the passes over queries share: the warpgroup that brings keys and values, and the mask.
 
-Shape suffixes: Q 64 queries, C keys of a tile.
+Shape suffixes: B batch, S rows of keys, K key heads, D head size, Q 64 queries, C keys of a tile.
 """
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.mosaic_gpu.compat import ROW, Ops
+from kernels_pallas.mosaic_gpu.config import WORKERS
 from kernels_pallas.mosaic_gpu.tiles import LEVEL_SHIFT
 
 
@@ -21,11 +24,27 @@ def level_and_row(name, key_tile: int):
     return name >> LEVEL_SHIFT, (name & (2**LEVEL_SHIFT - 1)) * key_tile
 
 
-def bring_keys(pipes, name_of, count, starts: tuple[int, ...], key_tile: int, stages: int) -> None:
+class Pipe(NamedTuple):
+    """The way of keys, or of values, into shared memory."""
+
+    refs: tuple  # [B, S, K, D]: rows of tokens, and of all levels above
+    buffer: object  # [stages, key tile, D]
+    ready: object  # barriers, one per slot of the buffer
+    free: object
+
+
+def ring_barriers(stages: int) -> tuple:
+    """Keys ready, values ready, keys free, values free."""
+    ready, free = plgpu.Barrier(num_barriers=stages), plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages)
+    return ready, ready, free, free
+
+
+def bring_keys(
+    pipes, batch, key_head, name_of, count, starts: tuple[int, ...], key_tile: int, stages: int
+) -> None:
     """Fills the ring with one key tile per step, as fast as the other warpgroups free its slots.
 
-    `pipes` holds (refs of tokens and of all levels above, buffer, ready, free) of keys and of values; the refs are
-    [rows, D]. `name_of(step)` names the tile, and `starts` says where each level begins in its array.
+    `name_of(step)` names the tile, and `starts` says where each level begins in its array.
     """
 
     def fetch(step, carry):
@@ -44,7 +63,8 @@ def bring_keys(pipes, name_of, count, starts: tuple[int, ...], key_tile: int, st
 
                 @pl.when((level > 0) == bool(above))
                 def copy(ref=ref, buffer=buffer, ready=ready):
-                    plgpu.copy_gmem_to_smem(ref(pl.ds(row, key_tile)), buffer.at[here], ready.at[here])
+                    rows = ref.at[batch, pl.ds(row, key_tile), key_head]
+                    plgpu.copy_gmem_to_smem(rows, buffer.at[here], ready.at[here])
 
         return carry
 

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from tests.test_recipe import losses, run
+from tests.runs import losses, run
 
 plain = partial(run, configured=False)
 
@@ -36,7 +36,7 @@ def test_a_run_crosses_to_nanochat_and_back_and_goes_on(latest, tmp_path):
     assert "optimiser state of 2 GPU(s)" in plain(there, "import_nanochat", str(out))
     said = run(there, "base_train", "--arch", "latest", "--num-iterations", "6")
     assert "Continuing megacontext_base_d2 at step 4 of 6" in said
-    curve = losses(there, "base")
+    curve = losses(there, "megacontext_base_d2")
     assert sorted(curve) == [4, 5]
     assert all(0 < loss < 6.3 for loss in curve.values())
     refused = run(there, "base_train", "--arch", "era4", "--num-iterations", "8", status=2)

@@ -238,6 +238,19 @@ def test_xla_memory_grows_with_the_tokens_alone():
     assert most < 2.2 * half
 
 
+def test_an_id_that_comes_back_is_another_document():
+    q, k, v, _ = Problem(48, GistSpec(4, 16, 1, 2)).arrays()
+    found = [
+        gist_attention(
+            q, k, v, spec=GistSpec(4, 16, 1, 2), segment_ids=jnp.repeat(jnp.array([ids]), 16, axis=1)
+        )
+        for ids in ([7, 1, 7], [0, 1, 2], [7, 7, 7])
+    ]
+    for a, b in zip(found[0], found[1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert relative(found[0], found[2]) > 0.1
+
+
 # --- What is refused ------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from benchmarks import gpu_kernels
-from tests.test_recipe import ROOT
+from tests.runs import ROOT
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch, tmp_path):

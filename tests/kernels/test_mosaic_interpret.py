@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.test_recipe import ROOT
+from tests.runs import ROOT
 
 
 @pytest.mark.timeout(900)

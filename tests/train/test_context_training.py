@@ -4,10 +4,8 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -32,7 +30,7 @@ from megacontext_jax.train.schedule import schedules
 from megacontext_jax.train.step import init_state, make_train_step
 from scripts import base_train, chat_eval
 from tests.context.test_objective import objective_of, tokens_of
-from tests.test_recipe import ROOT, N, command, environment, run
+from tests.runs import ROOT, N, environment, flags, kill_when_saved, losses, records, run
 
 ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32")
 MC = (
@@ -52,14 +50,7 @@ BASE = (
     "0",
 )  # two phases
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", QUICK)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +77,6 @@ def here(trained, monkeypatch):
     for name, value in environment(trained).items():
         monkeypatch.setenv(name, value)
     return trained
-
-
-def records(folder, run_name: str) -> list[dict]:
-    path = folder / "artifacts" / run_name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(folder) -> list[tuple[int, float]]:
-    found = records(folder, "megacontext_base_d1")
-    return [(record["step"], record["train/loss_step"]) for record in found if "train/loss_step" in record]
-
-
-def flags(*words: str) -> list[str]:
-    return ["--config", "tests/tiny.yaml", *words]
 
 
 def test_a_run_logs_what_its_working_contexts_do(trained):
@@ -141,20 +118,10 @@ def test_tokens_are_counted_as_in_a_vanilla_run(trained):
 def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
     """Saved in the first phase, killed in it or in the second."""
     shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
-    process = subprocess.Popen(
-        command("base_train", *BASE), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
-    )
-    saved = tmp_path / "artifacts/megacontext_base_d1/000003"
-    deadline = time.monotonic() + 200
-    while not saved.exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_saved(tmp_path, "megacontext_base_d1", 3, "base_train", *BASE)
     assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *BASE)
-    assert losses(tmp_path) == losses(trained)
-    assert [step for step, _ in losses(trained)] == list(range(N))
+    assert losses(tmp_path, "megacontext_base_d1") == losses(trained, "megacontext_base_d1")
+    assert sorted(losses(trained, "megacontext_base_d1")) == list(range(N))
 
 
 @pytest.mark.parametrize(

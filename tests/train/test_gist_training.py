@@ -1,10 +1,6 @@
 """Training with gist attention through the real scripts: stages, continued, another pattern, judged and asked."""
 
-import json
 import shutil
-import signal
-import subprocess
-import time
 
 import pytest
 
@@ -14,19 +10,12 @@ from megacontext_jax.infer.load import load_model
 from megacontext_jax.interop.transfer import export_checkpoint
 from megacontext_jax.telemetry import names
 from scripts import base_train, chat_eval
-from tests.test_recipe import ROOT, N, command, environment, run
+from tests.runs import N, environment, flags, kill_when_saved, losses, records, run
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
+pytestmark = pytest.mark.usefixtures("quick_to_compile")
 ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32", "--gistnet-layers", "1")
 GIST = (*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8", "--mc-raw-share", "0.3")
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_to_compile():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", QUICK)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +36,6 @@ def here(trained, monkeypatch):
     return trained
 
 
-def flags(*words: str) -> list[str]:
-    return ["--config", "tests/tiny.yaml", *words]
-
-
-def records(folder, run_name: str) -> list[dict]:
-    path = folder / "artifacts" / run_name / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def losses(folder) -> list[tuple[int, float]]:
-    found = records(folder, "megacontext_base_d1")
-    return [(record["step"], record["train/loss_step"]) for record in found if "train/loss_step" in record]
-
-
 def test_a_run_says_what_it_is_and_speaks(trained):
     said = (trained / "said.txt").read_text()
     assert "gist attention (blocks of 4, window 8, 1 middle span(s), 2 level(s), gaussian positions)" in said
@@ -77,19 +52,9 @@ def test_a_run_says_what_it_is_and_speaks(trained):
 
 def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
     shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
-    process = subprocess.Popen(
-        command("base_train", *GIST), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL
-    )
-    saved = tmp_path / "artifacts/megacontext_base_d1/000006"
-    deadline = time.monotonic() + 200
-    while not saved.exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when_saved(tmp_path, "megacontext_base_d1", 6, "base_train", *GIST)
     assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *GIST)
-    assert losses(tmp_path) == losses(trained)
+    assert losses(tmp_path, "megacontext_base_d1") == losses(trained, "megacontext_base_d1")
 
 
 def test_later_stages_and_evaluators_keep_the_pattern(trained):
