@@ -74,6 +74,86 @@ def append(cache: GistCache, level: int, k_BKD, v_BKD, row_B, write_B=True) -> G
     return GistCache(put(cache.k, k_BKD), put(cache.v, v_BKD))
 
 
+def gist_extend(
+    q, k, v, cache: GistCache, start_B, count_B, *, spec: GistSpec, scale=None
+) -> tuple[tuple[jax.Array, ...], GistCache]:
+    """Attention of several new tokens, and of the gists that they complete, over a cache; and the cache after them.
+
+    `count_B` tokens follow the first `start_B`. q, k, v are tuples, level l holds rows `start_B // block**l` and on,
+    [B, n_l, H or K, D], as many as T tokens can complete (`new_rows`); those that are not complete are ignored, and
+    their outputs are of no account. The same numbers as `gist_attention` on whole sequences.
+    """
+    B, _, H, D = q[0].shape
+    K = k[0].shape[2]
+    scale = 1.0 / math.sqrt(D) if scale is None else scale
+    levels = range(spec.levels + 1)
+    span = [spec.block**m for m in levels]
+    first, stop = ([x_B // s for s in span] for x_B in (start_B, start_B + count_B))
+    index = [first[m][:, None] + jnp.arange(q[m].shape[1]) for m in levels]
+    # keys of a level: what the ring holds from before, then the new rows
+    row = [jnp.concatenate([_rows_in_slots(first[m], cache.k[m].shape[2]), index[m]], axis=1) for m in levels]
+    known = [
+        jnp.concatenate(
+            [row[m][:, : cache.k[m].shape[2]] >= 0, index[m] < stop[m][:, None]],
+            axis=1,
+        )
+        for m in levels
+    ]
+    seen_BQS = jnp.concatenate(
+        [
+            jnp.concatenate(
+                [
+                    known[m][:, None]
+                    & (row[m][:, None] >= begin[..., None])
+                    & (row[m][:, None] < end[..., None])
+                    for m, (begin, end) in enumerate(spec.key_ranges(level, index[level]))
+                ],
+                axis=2,
+            )
+            for level in levels
+        ],
+        axis=1,
+    )
+    new_k, new_v = ([x.transpose(0, 2, 1, 3).astype(cache.k[0].dtype) for x in y] for y in (k, v))
+    k_BKSD, v_BKSD = (
+        jnp.concatenate([x for pair in zip(old, new, strict=True) for x in pair], axis=2)
+        for old, new in ((cache.k, new_k), (cache.v, new_v))
+    )
+    q_BRHD = jnp.concatenate(q, axis=1)
+    R = q_BRHD.shape[1]
+    q_BKQD = q_BRHD.reshape(B, R, K, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    s_BKQS = jnp.einsum("bkqd,bksd->bkqs", q_BKQD, k_BKSD, preferred_element_type=jnp.float32)
+    s_BKQS = jnp.where(jnp.tile(seen_BQS, (1, H // K, 1))[:, None], s_BKQS * scale, NEG)
+    p_BKQS = jax.nn.softmax(s_BKQS, axis=-1).astype(v_BKSD.dtype)
+    o_BKQD = jnp.einsum("bkqs,bksd->bkqd", p_BKQS, v_BKSD, preferred_element_type=jnp.float32)
+    o_BRHD = o_BKQD.reshape(B, K, -1, R, D).transpose(0, 3, 1, 2, 4).reshape(B, R, H, D).astype(q_BRHD.dtype)
+    out, begin = [], 0
+    for x in q:
+        out.append(o_BRHD[:, begin : begin + x.shape[1]])
+        begin += x.shape[1]
+
+    def newest(m: int, old_BKSD, new_BKSD):
+        row_BS = _rows_in_slots(stop[m], old_BKSD.shape[2])
+        place_BS = row_BS - first[m][:, None]
+        picked = jnp.take_along_axis(
+            new_BKSD, jnp.maximum(place_BS, 0)[:, None, :, None], axis=2, mode="clip"
+        )
+        return jnp.where((place_BS >= 0)[:, None, :, None], picked, old_BKSD)
+
+    after = GistCache(
+        *(
+            tuple(newest(m, old[m], new[m]) for m in levels)
+            for old, new in ((cache.k, new_k), (cache.v, new_v))
+        )
+    )
+    return tuple(out), after
+
+
+def new_rows(spec: GistSpec, tokens: int) -> tuple[int, ...]:
+    """Most rows per level that `tokens` more tokens complete, wherever they begin."""
+    return tuple(-(-tokens // spec.block**level) for level in range(spec.levels + 1))
+
+
 def gist_decode(
     q_BHD, cache: GistCache, position_B, *, spec: GistSpec, level: int = 0, scale=None
 ) -> jax.Array:

@@ -223,17 +223,29 @@ class MegaContextConfig:
         free=True,
         choices=("learned", "attention", "lexical", "random", "none"),
     )
-    mc_tree: str = option("ram", "where the tree of a session lives", free=True, choices=("ram", "disk"))
+    mc_tree: str = option(
+        "ram",
+        "where the tree of a conversation lives; disk needs --session, which chooses it by itself",
+        free=True,
+        choices=("ram", "disk"),
+    )
     mc_eval_soft_max_length: int = option(-1, "budget in evaluation; -1 = allocator_soft_max", free=True)
     mc_infer_allocator_max_replacements: int = option(
         -1, "edits per iteration in use; -1 = as above", free=True
     )
     mc_infer_allocator_iterations: int = option(-1, "iterations in use; -1 = as above", free=True)
-    mc_infer_refocus_interval: int = option(32, "tokens between refocuses", free=True)
+    mc_infer_refocus_interval: int = option(32, "tokens between refocuses of a conversation", free=True)
     mc_infer_rebuild_max_replacements: int = option(
-        -1, "edits per iteration at the start; -1 = as above", free=True
+        -1, "edits per iteration before an answer; -1 = as above", free=True
     )
-    mc_infer_rebuild_iterations: int = option(-1, "iterations at the start; -1 = as above", free=True)
+    mc_infer_rebuild_iterations: int = option(
+        -1,
+        "most iterations before an answer; -1 = enough to open the oldest gist down to its tokens",
+        free=True,
+    )
+    mc_infer_edit_cost: float = option(
+        0.0, "score that an edit must gain per share of the context behind it, made anew", free=True
+    )
     # memory and telemetry
     mc_auto_batch: bool = option(
         True, "fit micro-batches to the memory the compiled step asks for", free=True
@@ -275,6 +287,7 @@ class ChatConfig:
     top_k: int = option(50, "0 = off", free=True)
     top_p: float = option(1.0, "1 = off", free=True)
     max_tokens: int = option(256, "longest answer, tokens", free=True)
+    session: str = option("", "keep the conversation in this folder, or go on with the one there", free=True)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from megacontext_jax.errors import UserError
 
@@ -79,6 +80,56 @@ def violations(layout: Layout, *, block: int, tokens, budget: int, recent: int, 
         "legality": (valid & ((level < 0) | (level > max_level) | (node < 0))).any(-1),
         "tail": (valid & (level > 0) & (end > tail_B1)).any(-1),
     }
+
+
+# --- A layout of any length -----------------------------------------------------------------------------
+
+
+def tapered_layout(
+    tokens: int, budget: int, *, block: int, max_level: int, recent: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(level, node) of a history laid out so that detail falls with distance; at most `budget` entries.
+
+    The newest half of the budget are tokens, the rest is shared by the levels alike. Not jitted: the cost is that of the
+    entries, whatever the length of the history. UserError if no such layout fits.
+    """
+    if tokens <= budget:
+        return np.zeros(tokens, np.int32), np.arange(tokens, dtype=np.int32)
+
+    def runs(raw: int, share: int) -> list[tuple[int, int, int]]:
+        """(level, first node, end) from the newest on: `share` nodes per level, and up to the next whole parent."""
+        found, end = [], tokens
+        begin = max(0, tokens - max(raw, recent)) // block * block
+        for level in range(max_level + 1):
+            span = block**level
+            if level:
+                begin = max(0, end - share * span) // (span * block) * (span * block)
+            if level == max_level:
+                begin = 0
+            found.append((level, begin // span, end // span))
+            end = begin
+        return found
+
+    def size(found) -> int:
+        return sum(end - begin for _, begin, end in found)
+
+    raw = budget // 2
+    while size(runs(raw, 0)) > budget and raw > recent:
+        raw = max(recent, raw - block)
+    share = 0
+    while share < budget and size(runs(raw, share + 1)) <= budget:
+        share += 1
+    while raw < tokens and size(runs(raw + block, share)) <= budget:
+        raw += block
+    found = runs(raw, share)
+    if size(found) > budget:
+        raise UserError(
+            f"{tokens:,} tokens cannot be shown in {budget} entries: blocks of {block}, {max_level} levels and {recent} "
+            f"raw tokens at the end take {size(found)}; allow more entries, or fewer recent tokens."
+        )
+    found = [(level, np.arange(begin, end)) for level, begin, end in reversed(found)]
+    level = np.concatenate([np.full(len(nodes), level) for level, nodes in found])
+    return level.astype(np.int32), np.concatenate([nodes for _, nodes in found]).astype(np.int32)
 
 
 # --- Layouts of a given width ----------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def learned(view: View):
 
 def attention(view: View):
     """The mass that the model's own attention, from the newest entries, puts on an entry."""
-    return _standard(_mass(view), view.layout)
+    return standard(_mass(view), view.layout)
 
 
 def _mass(view: View):
@@ -58,16 +58,21 @@ def lexical(view: View):
     running_RQT = jnp.cumsum(same_RQT, axis=-1)
     running_RQT = jnp.pad(running_RQT, ((0, 0), (0, 0), (1, 0)))
     tf_RQW = _at(running_RQT, jnp.clip(end_RW, 0, T)) - _at(running_RQT, jnp.clip(begin_RW, 0, T))
+    return bm25(tf_RQW, layout)
+
+
+def bm25(tf_RQW, layout: Layout):
+    """Scores [R, W] of the entries from how often each of Q tokens occurs under them."""
     here_RQW = (tf_RQW > 0) & layout.valid_BW[:, None]
     n_R11 = layout.valid_BW.sum(-1)[:, None, None]
     df_RQ1 = here_RQW.sum(-1, keepdims=True)
     idf_RQ1 = jnp.log1p((n_R11 - df_RQ1 + 0.5) / (df_RQ1 + 0.5))
     score_RQW = idf_RQ1 * tf_RQW * 2.2 / (tf_RQW + 1.2)
-    return _standard(score_RQW.sum(1), layout)
+    return standard(score_RQW.sum(1), layout)
 
 
 def random(view: View):
-    return _standard(jax.random.normal(view.key, view.layout.level_BW.shape), view.layout)
+    return standard(jax.random.normal(view.key, view.layout.level_BW.shape), view.layout)
 
 
 def none(view: View):
@@ -102,5 +107,6 @@ def _at(x_RQT, index_RW):
     )
 
 
-def _standard(score_RW, layout: Layout):
+def standard(score_RW, layout: Layout):
+    """Scores in (-1, 1) of values of any scale."""
     return jnp.tanh(standardised(score_RW, layout))

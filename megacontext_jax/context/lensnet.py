@@ -87,7 +87,9 @@ def score_entries(
         W = valid_BW.shape[-1]
         visible = visible & (jnp.arange(W)[:, None] >= jnp.arange(W))
     h_BWC = run_blocks(params["h"], cfg.gpt, x_BWC, rope, partial(masked_attention, visible=visible))
-    features_BWC = params["level_embed"].astype(x_BWC.dtype)[level_BW]
+    # a history may have more levels than the rows of training had
+    known_BW = jnp.minimum(level_BW, params["level_embed"].shape[0] - 1)
+    features_BWC = params["level_embed"].astype(x_BWC.dtype)[known_BW]
     for name, value_BW in (("span", span_BW), ("distance", distance_BW)):
         hidden = jax.nn.silu(affine(params[name]["hidden"], value_BW[..., None].astype(x_BWC.dtype)))
         features_BWC += affine(params[name]["out"], hidden)

@@ -119,13 +119,21 @@ class ContextObjective:
 
         `mass_RW` is the attention of the newest entries (`look`).
         """
-        ctx = self.context
         if hidden:
             seen_W = jnp.arange(layout.valid_BW.shape[1]) < layout.valid_BW.shape[1] - hidden
             layout = layout._replace(valid_BW=layout.valid_BW & seen_W)
-        x_RWC = jax.lax.stop_gradient(gather(tables, layout)).astype(self._aux)
+        return self.entry_scores(params, jax.lax.stop_gradient(gather(tables, layout)), layout, mass_RW)
+
+    def entry_scores(self, params, x_RWC, layout, mass_RW):
+        """LensNet's scores [R, W] of a layout whose entries hold the rows `x_RWC` of the level tables."""
+        ctx = self.context
         return lensnet.lens_scores(
-            params["lensnet"], ctx.lens, x_RWC, layout, _lens_positions(ctx.positions), mass_RW
+            params["lensnet"],
+            ctx.lens,
+            x_RWC.astype(self._aux),
+            layout,
+            _lens_positions(ctx.positions),
+            mass_RW,
         )
 
     def loss(self, params, batch, key):

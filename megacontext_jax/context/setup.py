@@ -24,22 +24,6 @@ FIRST_SHARE = 0.8  # of the row, in the first phase
 RECENCY_SHARE = 0.5  # of the variants; the rest is random
 
 
-# Options that training and evaluation do not read in this version.
-NOT_READ = (
-    "mc_tree",
-    "mc_infer_refocus_interval",
-    "mc_infer_rebuild_max_replacements",
-    "mc_infer_rebuild_iterations",
-)
-
-
-def without_effect(opts: MegaContextConfig) -> list[str]:
-    """Flags that were turned and change nothing."""
-    default = MegaContextConfig()
-    turned = [name for name in NOT_READ if getattr(opts, name) != getattr(default, name)]
-    return [f"--{name.replace('_', '-')}" for name in turned]
-
-
 def context_config(opts: MegaContextConfig, model: GPTConfig) -> ContextConfig:
     """The MegaContext parts of a new model."""
     if opts.mc_levels < 1:

@@ -51,7 +51,8 @@ class TreeSpec:
             object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
         if self.dtype not in DTYPES or self.dtype == "uint32":
             raise UserError(f"Gists cannot be stored as {self.dtype!r}; use float32, bfloat16 or float16.")
-        for name, low in {"block": 2, "width": 1, "max_levels": 1, "chunk": 1}.items():
+        # without levels the tree keeps tokens alone
+        for name, low in {"block": 2, "width": 1, "max_levels": 0, "chunk": 1}.items():
             value = getattr(self, name)
             if not low <= value <= _U16:
                 raise UserError(f"A tree cannot have {name} {value}; give a number from {low} to {_U16}.")

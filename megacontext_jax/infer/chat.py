@@ -1,17 +1,26 @@
-"""A conversation with a model, and the loop that holds one in a terminal."""
+"""A conversation in a terminal, over a session."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
 from megacontext_jax.errors import UserError
-from megacontext_jax.infer.engine import Engine
+from megacontext_jax.infer.model import Region
+from megacontext_jax.infer.session import Session
 from megacontext_jax.infer.text import TextStream
-from megacontext_jax.telemetry.progress import paint
+from megacontext_jax.telemetry.progress import Progress, paint
+
+HELP = """/load FILE   put a long text into memory, before the next message
+/focus       how the history is shown to the model: span, level, score
+/stats       length of the history, entries, what was computed again and why
+/save        force everything to the disk (with --session)
+/reset       a new conversation (also: clear)
+/quit        leave (also: quit, exit)"""
 
 
 class ChatOptions(Protocol):
-    """How answers are drawn; see `Engine.generate`."""
+    """How answers are drawn; see `Session.answer`."""
 
     temperature: float
     top_k: int
@@ -23,65 +32,40 @@ class Reply(NamedTuple):
     """The tokens of an answer and why it ended: "end", "length", "window" or "interrupted"."""
 
     tokens: list[int]
-    stop: str
-
-
-class Conversation:
-    """The tokens of a dialogue, as the model reads them. Text of the user is never taken for markup."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self.clear()
-
-    def clear(self) -> None:
-        self.tokens: list[int] = [self._tokenizer.bos]
-        self.turns = 0
-
-    def prompt(self, text: str) -> list[int]:
-        """The conversation with one more message, up to where the assistant speaks; nothing is kept yet."""
-        opening, closing, speak = (
-            self._tokenizer.special(name)
-            for name in ("<|user_start|>", "<|user_end|>", "<|assistant_start|>")
-        )
-        return [*self.tokens, opening, *self._tokenizer.encode(text), closing, speak]
-
-    def keep(self, prompt: Sequence[int], reply: Sequence[int]) -> None:
-        """Appends an exchange; a reply that was cut is closed."""
-        end = self._tokenizer.special("<|assistant_end|>")
-        closing = [] if reply and reply[-1] == end else [end]
-        self.tokens = [*prompt, *reply, *closing]
-        self.turns += 1
+    stop: str | None
 
 
 class ChatLoop:
     """Asks, streams the answer, remembers both. Works on any text streams, a terminal is not needed.
 
-    Answers go to `out`, remarks (why an answer stopped, how to go on) to `notes`.
+    Answers go to `out`, remarks (why an answer stopped, how to go on) to `notes`. `new` makes a session to start over.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        session: Session,
         options: ChatOptions,
         *,
+        new: Callable[[], Session],
         seed: int = 42,
         read: Callable[[str], str] = input,
         out: TextIO | None = None,
         notes: TextIO | None = None,
     ):
-        self._engine = engine
+        self.session = session
         self._options = options
+        self._new = new
         self._seed = seed
         self._read = read
         self._out = out or sys.stdout
         self._notes = notes or sys.stderr
-        self.conversation = Conversation(engine.tokenizer)
 
-    def answer_once(self, text: str) -> int:
-        """Answers one message; the exit status. Raises UserError if it does not fit the window."""
-        prompt = self.conversation.prompt(text)
-        self._check(prompt)
-        return 130 if self._exchange(prompt).stop == "interrupted" else 0
+    def answer_once(self, text: str, document: str = "") -> int:
+        """Answers one message, after a document if there is one; the exit status. UserError if it does not fit."""
+        if document:
+            self.session.add_document(document)
+        self.session.add_message(text)
+        return 130 if self._exchange().stop == "interrupted" else 0
 
     def run(self) -> int:
         """Talks until quit, exit, or the end of the input; the exit status."""
@@ -91,66 +75,97 @@ class ChatLoop:
             except (EOFError, KeyboardInterrupt):
                 self._write("\n")
                 return 0
-            match text.lower():
-                case "":
-                    continue
-                case "quit" | "exit":
-                    return 0
-                case "clear":
-                    self.conversation.clear()
-                    self._note("A new conversation.")
-                    continue
-            prompt = self.conversation.prompt(text)
+            if text.lower() in ("quit", "exit", "/quit", "/exit"):
+                return 0
+            if not text:
+                continue
             try:
-                self._check(prompt)
+                if text.startswith("/") or text.lower() == "clear":
+                    self._command(*text.split(maxsplit=1))
+                    continue
+                self.session.add_message(text)
             except UserError as error:
                 self._note(str(error))
                 continue
             self._write("\nAssistant: ")
-            self._exchange(prompt)
+            self._exchange()
 
-    def _check(self, prompt: Sequence[int]) -> None:
-        window = self._engine.window
-        if len(prompt) < window:
-            return
-        if not self.conversation.turns:
-            raise UserError(
-                f"The message takes {len(prompt):,} tokens, and the model's window holds {window:,} with the "
-                "answer; shorten it."
-            )
-        raise UserError(
-            f"With this message the conversation takes {len(prompt):,} tokens, and the model's window holds "
-            f"{window:,} with the answer; type clear to start over, or shorten the message."
-        )
+    # --- commands ---
 
-    def _exchange(self, prompt: list[int]) -> Reply:
-        """Answers, says why the answer stopped if not by itself, and remembers."""
-        reply = self._stream(prompt)
+    def _command(self, name: str, rest: str = "") -> None:
+        match name.lower():
+            case "/reset" | "/clear" | "clear":
+                self.session.close()
+                self.session = self._new()
+                self._note("A new conversation.")
+            case "/load":
+                self._load(rest)
+            case "/focus":
+                self._note("\n".join(focus_lines(self.session)))
+            case "/stats":
+                self._note("\n".join(f"{name}: {value}" for name, value in stats(self.session).items()))
+            case "/save":
+                self.session.save()
+                self._note(f"Saved in {self.session.folder}.")
+            case "/help":
+                self._note(HELP)
+            case _:
+                raise UserError(f"There is no command {name}; these there are:\n{HELP}")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            raise UserError("/load needs the name of a file.")
+        count = self.session.add_document(read_text(Path(name).expanduser()))
+        self._read_history()
+        self._note(f"Read {name}: {count:,} tokens. Ask about it.")
+
+    def _read_history(self) -> bool:
+        """Lets the model read; False if Ctrl-C stopped it (the rest is read before the next answer)."""
+        done, total = self.session.memory.tokens, len(self.session)
+        if total - done < 2048:  # not worth a bar
+            return True
+
+        def tick(tokens: int) -> None:
+            progress.update(tokens - self._told)
+            self._told = tokens
+
+        self._told = done
+        try:
+            with Progress("reading", total, initial=done, unit="tokens", stream=self._notes) as progress:
+                self.session.read(tick)
+        except KeyboardInterrupt:
+            self._note("Stopped reading; it goes on before the next answer.")
+            return False
+        return True
+
+    # --- an exchange ---
+
+    def _exchange(self) -> Reply:
+        """Answers, and says why the answer stopped if not by itself."""
+        reply = self._stream() if self._read_history() else Reply([], "interrupted")
         self._write("\n")
-        self.conversation.keep(prompt, reply.tokens)
         match reply.stop:
             case "length":
                 self._note(f"The answer was cut after {len(reply.tokens):,} tokens (--max-tokens).")
             case "window":
                 self._note(
-                    f"The answer was cut at the end of the model's window of {self._engine.window:,} tokens; "
+                    f"The answer was cut at the end of the model's window of {self.session.memory.capacity:,} tokens; "
                     "type clear to start over."
                 )
             case "interrupted":
                 self._note("Stopped.")
         return reply
 
-    def _stream(self, prompt: list[int]) -> Reply:
+    def _stream(self) -> Reply:
         """Writes an answer as it comes. Ctrl-C ends the answer, not the program."""
-        text, tokens, stop = TextStream(self._engine.tokenizer), [], None
+        text, tokens, stop = TextStream(self.session.tokenizer), [], None
         try:
-            for event in self._engine.generate(
-                [prompt],
+            for event in self.session.answer(
                 max_tokens=self._options.max_tokens,
                 temperature=self._options.temperature,
                 top_k=self._options.top_k,
                 top_p=self._options.top_p,
-                seed=self._seed + self.conversation.turns,
+                seed=self._seed,
             ):
                 tokens.append(event.token)
                 stop = event.stop
@@ -159,8 +174,6 @@ class ChatLoop:
         except KeyboardInterrupt:
             stop = "interrupted"
         self._write(text.flush())
-        if stop == "end":
-            tokens.pop()  # bos also ends an answer, but must not stand inside a conversation
         return Reply(tokens, stop)
 
     def _write(self, text: str) -> None:
@@ -171,3 +184,48 @@ class ChatLoop:
 
     def _note(self, text: str) -> None:
         print(paint(text, "dim", self._notes), file=self._notes, flush=True)
+
+
+def read_text(path: Path) -> str:
+    """A file as text; UserError if it cannot be read or is none."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it first.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}).") from None
+
+
+def focus_lines(session: Session) -> list[str]:
+    """One line per region of the history, oldest first."""
+    lines = [f"{'tokens':>23}  {'shown as':<22} score"]
+    for region in session.regions():
+        score = "" if region.score is None else f"{region.score:+.2f}"
+        lines.append(f"{region.start:>10,} - {region.stop:>10,}  {shown_as(region):<22} {score}".rstrip())
+    return lines
+
+
+def shown_as(region: Region) -> str:
+    if region.level == 0:
+        return f"{region.entries:,} tokens"
+    size = (region.stop - region.start) // region.entries
+    return f"{region.entries:,} gists of {size:,}"
+
+
+def stats(session: Session) -> dict[str, str]:
+    """For people: what a conversation holds and what it cost."""
+    found = session.memory.statistics()
+    why = ", ".join(f"{count:,} ({name})" for name, count in sorted(found["recomputed"].items()))
+    lines = {
+        "history": f"{len(session):,} tokens, {session.memory.tokens:,} read",
+        "shown in": f"{found['entries']:,} entries"
+        + (f" of {found['budget']:,}" if "budget" in found else ""),
+    }
+    if why:
+        lines["keys computed"] = f"{why}; kept through edits: {found['kept']:,}"
+    edits = {
+        name: found[name] for name in ("refocuses", "expands", "collapses", "relayouts") if name in found
+    }
+    if edits:
+        lines["focus"] = ", ".join(f"{count:,} {name}" for name, count in edits.items())
+    return lines

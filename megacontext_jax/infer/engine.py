@@ -11,7 +11,7 @@ between syncs.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,15 @@ class Event(NamedTuple):
     token: int
     sampled: bool  # False: forced, the answer of a tool
     stop: str | None  # on the row's last token: "end" (terminal token), "length" or "window"
+
+
+class Draw(NamedTuple):
+    """How tokens are drawn: see `sampler.settings`; tokens per row between two looks of the host."""
+
+    chosen: sampler.Settings
+    candidates: int
+    seed: int
+    tokens_per_sync: int
 
 
 class Marks(NamedTuple):
@@ -70,13 +79,26 @@ class State(NamedTuple):
 @partial(jax.jit, static_argnames=("decoder", "slots", "samples"))
 def _start(params, ids_PT, length_P, left_B, *, decoder: Decoder, slots: int, samples: int) -> State:
     """Reads the prompts and copies each row's cache and logits for its samples."""
-    P, B = ids_PT.shape[0], left_B.shape[0]
+    P = ids_PT.shape[0]
     logits_PV, cache = decoder.prefill(params, ids_PT, length_P, decoder.init_cache(P, slots))
     if samples > 1:
         logits_PV, cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=0), (logits_PV, cache))
-    zeros_B = jnp.zeros(B, jnp.int32)
-    queue_BQ = jnp.zeros((B, QUEUE), jnp.int32)
-    return State(cache, logits_PV, left_B, zeros_B, jnp.zeros(B, bool), queue_BQ, zeros_B, zeros_B)
+    return new_state(cache, logits_PV, left_B)
+
+
+def new_state(cache, logits_BV, left_B) -> State:
+    """The state of rows that have been read and may say `left_B` tokens each."""
+    B = logits_BV.shape[0]
+    nothing_B = [jnp.zeros(B, jnp.int32) for _ in range(3)]  # an array each: they are donated
+    return State(
+        cache,
+        logits_BV,
+        left_B,
+        nothing_B[0],
+        jnp.zeros(B, bool),
+        jnp.zeros((B, QUEUE), jnp.int32),
+        *nothing_B[1:],
+    )
 
 
 def _sample_step(params, state: State, keys_B, chosen, marks: Marks, *, decoder: Decoder, candidates: int):
@@ -86,11 +108,13 @@ def _sample_step(params, state: State, keys_B, chosen, marks: Marks, *, decoder:
     sampled_B = sampler.sample(state.logits_BV, draw_B, chosen, candidates)
     forced_B = state.head_B < state.tail_B
     queued_B = jnp.take_along_axis(state.queue_BQ, state.head_B[:, None], axis=1, mode="clip")[:, 0]
+    # a model that begins a new document ends its answer, which is what it then reads
+    sampled_B = jnp.where(sampled_B == marks.bos, marks.assistant_end, sampled_B)
     token_B = jnp.where(forced_B, queued_B, sampled_B)
 
     logits_BV, cache = decoder.decode_step(params, token_B, state.cache)
     cache = cache._replace(length_B=jnp.where(active_B, cache.length_B, state.cache.length_B))
-    terminal_B = (token_B == marks.assistant_end) | (token_B == marks.bos)
+    terminal_B = token_B == marks.assistant_end
     left_B = jnp.where(terminal_B, 0, state.left_B - 1)
     state = state._replace(
         cache=cache,
@@ -147,6 +171,16 @@ def bucket(n: int, limit: int) -> int:
     return min(size, limit)
 
 
+class Between(Protocol):
+    """What a session does between two stretches of tokens."""
+
+    def room(self) -> int:
+        """Tokens that may follow before `settle` must be asked, at least 1."""
+
+    def settle(self, state: State, token_NB: np.ndarray) -> State:
+        """Keeps what was said (NO_TOKEN: nothing), before anybody hears of it; the state to go on with."""
+
+
 class Engine:
     """Generates with a model and its tokenizer; holds no state between calls."""
 
@@ -190,13 +224,18 @@ class Engine:
         Raises UserError at once for settings out of range and for a prompt that leaves no room in the window.
         """
         self._check(prompts, num_samples, max_tokens)
+        draw = self.draw(temperature, top_k, top_p, seed, tokens_per_sync)
+        state, limit_B = self._begin(prompts, num_samples, max_tokens, pad_rows)
+        return self.run(state, limit_B, draw, max_tokens)
+
+    def draw(
+        self, temperature: float, top_k: int | None, top_p: float | None, seed: int, tokens_per_sync: int = 8
+    ) -> Draw:
+        """Checked settings of the sampler. Raises UserError for values out of range."""
         if not 1 <= tokens_per_sync <= MAX_SYNC:
             raise UserError(f"tokens_per_sync {tokens_per_sync} must lie between 1 and {MAX_SYNC}.")
         chosen, candidates = sampler.settings(temperature, top_k, top_p, self.model.decoder.vocab_size)
-        state, limit_B = self._begin(prompts, num_samples, max_tokens, pad_rows)
-        keys_B = sampler.row_keys(seed, len(state.left_B))
-        advance = partial(_advance, decoder=self.model.decoder, candidates=candidates)
-        return self._run(advance, state, limit_B, keys_B, chosen, tokens_per_sync, max_tokens)
+        return Draw(chosen, candidates, seed, tokens_per_sync)
 
     def generate_batch(
         self, prompts: Sequence[Sequence[int]], **options
@@ -263,28 +302,37 @@ class Engine:
         )
         return state, limit_B
 
-    def _run(self, advance, state, limit_B, keys_B, chosen, steps, max_tokens) -> Iterator[Event]:
+    def run(
+        self, state: State, limit_B, draw: Draw, max_tokens: int | None, between: Between | None = None
+    ) -> Iterator[Event]:
+        """Streams what rows say that have been read, at most `limit_B` tokens each; consumes `state`."""
+        advance = partial(_advance, decoder=self.model.decoder, candidates=draw.candidates)
+        keys_B = sampler.row_keys(draw.seed, len(limit_B))
         tools = [ToolCalls(self.tokenizer) for _ in limit_B]
-        left_B = limit_B.copy()
+        left_B = np.array(limit_B)
         while left_B.any():
+            steps = draw.tokens_per_sync if between is None else min(draw.tokens_per_sync, between.room())
             state, n, token_NB, forced_NB = advance(
-                self.model.params, state, np.int32(steps), keys_B, chosen, self._marks
+                self.model.params, state, np.int32(steps), keys_B, draw.chosen, self._marks
             )
             n, token_NB, forced_NB = jax.device_get((n, token_NB, forced_NB))
-            answers: dict[int, list[int]] = {}
+            events, answers = [], {}
             for token_B, forced_B in zip(token_NB[:n], forced_NB[:n], strict=True):
                 for row in np.flatnonzero(token_B != NO_TOKEN):
                     token = int(token_B[row])
                     left_B[row] -= 1
                     stop = None
-                    if token in (self._marks.assistant_end, self._marks.bos):
+                    if token == self._marks.assistant_end:
                         left_B[row], stop = 0, "end"
                     elif not left_B[row]:
                         stop = "length" if limit_B[row] == max_tokens else "window"
                     if answer := tools[row].push(token):
                         answers[row] = answer
-                    yield Event(int(row), token, not forced_B[row], stop)
+                    events.append(Event(int(row), token, not forced_B[row], stop))
             state = self._answer(state, answers, last_B=token_NB[n - 1])
+            if between is not None:
+                state = between.settle(state, token_NB[:n])
+            yield from events
 
     def _answer(self, state: State, answers: dict[int, list[int]], last_B) -> State:
         """Lets the loop go on after a tool call, with the answers queued."""

@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.decode import GistCache, append, fill, gist_decode, init_gist_cache
+from kernels_pallas.decode import (
+    GistCache,
+    append,
+    fill,
+    gist_decode,
+    gist_extend,
+    init_gist_cache,
+    new_rows,
+)
 from megacontext_jax.context import gistnet
 from megacontext_jax.context.gist_rows import (
     GistRows,
@@ -21,7 +29,7 @@ from megacontext_jax.context.gist_rows import (
     split_levels,
 )
 from megacontext_jax.context.positions import gaussian_rope
-from megacontext_jax.infer.model import Model, prepare_params
+from megacontext_jax.infer.model import Model, Region, prepare_params
 from megacontext_jax.model import decode, gpt
 
 
@@ -60,10 +68,10 @@ class GistDecoder:
     def init_cache(self, batch: int, slots: int) -> RowCache:
         cfg = self.cfg
         layer = partial(init_gist_cache, cfg.gist_spec, batch, slots, cfg.n_kv_head, cfg.head_dim, self.dtype)
-        empty_BrC = jnp.zeros((batch, cfg.gist_block, cfg.n_embd), self.dtype)
+        shape = batch, cfg.gist_block, cfg.n_embd
         return RowCache(
             tuple(layer() for _ in range(cfg.n_layer)),
-            (empty_BrC,) * cfg.gist_levels,
+            tuple(jnp.zeros(shape, self.dtype) for _ in range(cfg.gist_levels)),
             jnp.zeros(batch, jnp.int32),
         )
 
@@ -105,6 +113,81 @@ class GistDecoder:
         first_B = (jnp.maximum(rows_B, 1) - 1) // r * r
         index_Br = first_B[:, None] + jnp.arange(r)
         return jnp.take_along_axis(table_BSC, index_Br[..., None], axis=1, mode="clip")
+
+    def extend(self, params, ids_BT, count_B, cache: RowCache):
+        """Append right-padded tokens, `count_B` of them valid, at least one, wherever in a block they begin.
+
+        Returns the logits [B, V] after the last of them, and the cache.
+        """
+        cfg, spec = self.cfg, self.cfg.gist_spec
+        start_B, T = cache.length_B, ids_BT.shape[1]
+        sizes = new_rows(spec, T)
+        tables, blocks = self._new_gists(params, ids_BT, count_B, cache, sizes)
+        before_BC = _at(cache.blocks[0], (start_B - 1) % cfg.gist_block)
+        before_BC = before_BC * (start_B > 0)[:, None].astype(self.dtype)
+        before_BTC = jnp.concatenate([before_BC[:, None], tables[0][:, :-1]], axis=1)
+        x_BRC = jnp.concatenate([gpt.smear(params, tables[0], before_BTC), *tables[1:]], axis=1)
+        first = [start_B[:, None] // spec.block**level for level in range(spec.levels + 1)]
+        index = [f + jnp.arange(n) for f, n in zip(first, sizes, strict=True)]
+        mu_BR = jnp.concatenate(
+            [row_centre(cfg, level, i.astype(jnp.float32)) for level, i in enumerate(index)], 1
+        )
+        sigma_R = jnp.concatenate([jnp.full(n, row_spread(cfg, level)) for level, n in enumerate(sizes)])
+        rope = gaussian_rope(cfg, mu_BR, jnp.broadcast_to(sigma_R, mu_BR.shape), self.dtype)
+        ids_BR = jnp.pad(ids_BT, ((0, 0), (0, sum(sizes[1:]))))
+        raw_R1 = (jnp.arange(sum(sizes)) < T)[:, None].astype(self.dtype)
+        x0_BRC, kept_BRC, layers = x_BRC, None, []
+        for i, layer, _, value in decode.layer_weights(params, cfg, ids_BR, self.dtype):
+            if value is not None:
+                value["rows"] = value["rows"] * raw_R1
+            x_BRC = gpt.enter_block(layer, x_BRC, x0_BRC)
+            q, k, v = (split_levels(x, sizes) for x in gpt.qkv(layer, cfg, x_BRC, rope, value))
+            attn, after = gist_extend(q, k, v, cache.layers[i], start_B, count_B, spec=spec)
+            layers.append(after)
+            x_BRC = gpt.close_block(layer, x_BRC, jnp.concatenate(attn, axis=1))
+            kept_BRC = x_BRC if i == cfg.n_layer // 2 else kept_BRC
+        last_B11 = (count_B - 1)[:, None, None]
+        x_B1C, kept_B1C = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BRC, kept_BRC))
+        logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
+        return logits_BV, RowCache(tuple(layers), blocks, start_B + count_B)
+
+    def regions(self, tokens: int) -> list[Region]:
+        spec, found = self.cfg.gist_spec, []
+        for level, (first, stop) in reversed(list(enumerate(spec.key_ranges(0, tokens - 1)))):
+            if stop > first:
+                span = spec.block**level
+                found.append(Region(level, first * span, stop * span, stop - first))
+        return found
+
+    def _new_gists(self, params, ids_BT, count_B, cache: RowCache, sizes):
+        """Per level the rows [B, n_l, C] that new tokens bring, from their first; and the blocks that are filling now.
+
+        The children of a gist are new too, or stand in the block that was filling.
+        """
+        r, start_B = self.cfg.gist_block, cache.length_B
+        tables = [gpt.embed(params, ids_BT, self.dtype)]
+        blocks = []
+        for level, old_BrC in enumerate(cache.blocks):
+            below_BnC, span = tables[-1], r**level
+            first_B, stop_B = start_B // span, (start_B + count_B) // span
+
+            def pick(index_BI, below_BnC=below_BnC, old_BrC=old_BrC, first_B=first_B):
+                """Rows of the level below by their index, new or old."""
+                place_BI = index_BI - first_B[:, None]
+                new = jnp.take_along_axis(below_BnC, jnp.maximum(place_BI, 0)[..., None], axis=1, mode="clip")
+                old = jnp.take_along_axis(old_BrC, (index_BI % r)[..., None], axis=1)
+                return jnp.where((place_BI >= 0)[..., None], new, old)
+
+            newest_B1 = stop_B[:, None] - 1
+            blocks.append(pick(newest_B1 - (newest_B1 - jnp.arange(r)) % r))
+            n = sizes[level + 1]
+            children_Bn = (start_B // (span * r))[:, None] * r + jnp.arange(n * r)
+            full_NrC = pick(children_Bn).reshape(-1, r, below_BnC.shape[2])
+            if level == 0:
+                full_NrC = gpt.smear(params, full_NrC, gpt.shift_right(full_NrC))
+            gist_NC = gistnet.encode(params["gistnet"], self.objective.gist, full_NrC)
+            tables.append(gist_NC.reshape(-1, n, gist_NC.shape[1]))
+        return tables, tuple(blocks)
 
     def decode_step(self, params, ids_B, cache: RowCache):
         cfg, r = self.cfg, self.cfg.gist_block

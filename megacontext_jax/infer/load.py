@@ -1,9 +1,10 @@
 """A trained model from a checkpoint, ready to evaluate or to talk to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from megacontext_jax import mesh as meshes
@@ -15,13 +16,17 @@ from megacontext_jax.config import Config
 from megacontext_jax.context import row_setup
 from megacontext_jax.context import setup as context_setup
 from megacontext_jax.context.gist_rows import GistRows
+from megacontext_jax.context.layout import tapered_layout
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
+from megacontext_jax.infer.chat_model import ChatModel, levels_for, session_rows
 from megacontext_jax.infer.context_model import ContextDecoder, context_model
 from megacontext_jax.infer.engine import Engine
+from megacontext_jax.infer.focus_memory import FocusConfig
 from megacontext_jax.infer.gist_model import gist_model
-from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model
+from megacontext_jax.infer.memory import LONGEST
+from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model, prepare_params
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
 
@@ -100,6 +105,58 @@ def decoding_model(params, objective: Objective | GistRows) -> Model:
     if isinstance(objective, GistRows):
         return gist_model(params, objective)
     return gpt_model(params, objective.cfg, attention=objective.attention.fn, dtype=objective.dtype)
+
+
+def load_chat(config: Config) -> ChatModel:
+    """The model of `--source`, `--tag` and `--step`, ready to hold conversations on one device."""
+    model = load_model(config)
+    if model.context is not None:
+        focus = focus_config(config, model)
+        return ChatModel(
+            model.tokenizer,
+            str(model),
+            Model(focus.decoder, prepare_params(model.params, np.dtype(model.objective.dtype))),
+            focus,
+            model.params,
+        )
+    objective = model.objective
+    if isinstance(objective, GistRows):
+        objective = session_rows(objective)
+    return ChatModel(model.tokenizer, str(model), decoding_model(model.params, objective))
+
+
+def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
+    """How the working contexts of conversations are kept."""
+    opts, context, T = config.mc, model.context, model.cfg.sequence_len
+    if context.context.positions == "gaussian_alibi":
+        raise UserError(
+            f"{model} has --positional-type gaussian_alibi, whose bias decoding does not have; conversations need "
+            "gaussian, simple or rank."
+        )
+    if opts.mc_infer_refocus_interval < 1:
+        raise UserError(f"--mc-infer-refocus-interval {opts.mc_infer_refocus_interval} must be at least 1.")
+    allocator = replace(
+        context_setup.allocator_config(opts, context.context, T),
+        max_level=max(context.context.levels, levels_for(context.context.block)),
+        edit_cost=opts.mc_infer_edit_cost,
+    )
+    edits, rebuild = opts.mc_infer_rebuild_max_replacements, opts.mc_infer_rebuild_iterations
+    budget = context_setup.budget(opts, context.context, T)
+    tapered_layout(
+        LONGEST, budget, block=allocator.block, max_level=allocator.max_level, recent=allocator.recent
+    )  # refuses what no history fits into
+    iterations = context_setup.iterations(opts)
+    return FocusConfig(
+        GPTDecoder(model.cfg, model.objective.attention.fn, np.dtype(model.objective.dtype)),
+        context,
+        allocator,
+        budget,
+        opts.mc_lens,
+        opts.mc_infer_refocus_interval,
+        max(1, iterations),
+        rebuild if rebuild >= 0 else allocator.max_level + 2,
+        edits if edits >= 0 else allocator.max_replacements,
+    )
 
 
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:

@@ -1,4 +1,4 @@
-"""What the engine asks of a model: three pure functions over a cache of static shape."""
+"""What engine and sessions ask of a model: pure functions over a cache of static shape."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -11,6 +11,16 @@ import numpy as np
 from megacontext_jax.model import decode
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import AttentionFn, reference_attention
+
+
+class Region(NamedTuple):
+    """A stretch of history shown at one level of detail: tokens [start, stop), in `entries` entries."""
+
+    level: int
+    start: int
+    stop: int
+    entries: int
+    score: float | None = None  # mean of the lens's scores, where there is a lens
 
 
 class Decoder(Hashable, Protocol):
@@ -30,6 +40,12 @@ class Decoder(Hashable, Protocol):
 
     def decode_step(self, params, ids_B, cache) -> tuple[jax.Array, Any]:
         """Logits [B, V] after one more token per row, and the cache."""
+
+    def extend(self, params, ids_BT, count_B, cache) -> tuple[jax.Array, Any]:
+        """Logits [B, V] after `count_B` >= 1 more tokens per row, right-padded, and the cache."""
+
+    def regions(self, tokens: int) -> list[Region]:
+        """How the next token sees a history of `tokens` tokens, oldest first."""
 
 
 F32 = np.dtype("float32")
@@ -68,6 +84,13 @@ class GPTDecoder:
 
     def decode_step(self, params, ids_B, cache):
         return decode.decode_step(params, self.cfg, ids_B, cache, dtype=self.dtype)
+
+    def extend(self, params, ids_BT, count_B, cache):
+        return decode.extend(params, self.cfg, ids_BT, count_B, cache, dtype=self.dtype)
+
+    def regions(self, tokens: int) -> list[Region]:
+        begin = max(0, tokens - max(self.cfg.windows()) - 1)
+        return [Region(0, begin, tokens, tokens - begin)]
 
 
 def gpt_model(

@@ -35,6 +35,8 @@ class Cache(NamedTuple):
     previous_B1C: jax.Array  # embedding of the last token, for the smear
     length_B: jax.Array  # valid slots of each row
     offset_B: jax.Array  # tokens that a row has seen beyond its slots: more than none where some share a gist
+    # where the newest Q entries look: attention per slot, mean over heads, sum over layers; None: nobody asks
+    looks_BQS: jax.Array | None = None
 
 
 def unstack_layers(params: dict) -> dict:
@@ -56,17 +58,16 @@ def layer_weights(params: dict, cfg: GPTConfig, ids, dtype):
         yield i, {name: w.T for name, w in layer.items()}, window, value
 
 
-def _append(cache_BKSD, x_BKD, pos_B):
-    """Writes one row per sequence, in place inside a loop; full rows drop it.
+def _write(cache_BKSD, x_BTKD, at_BT):
+    """Rows into their slots, in place inside a loop; those behind the last slot are dropped.
 
     One scatter index per sequence and half of a head: a scatter with a single index would become a
     dynamic-update-slice, which XLA on CPUs fuses into its readers at the price of copying the whole cache.
     """
     B, K, S, D = cache_BKSD.shape
-    rows_B1, halves = jnp.arange(B)[:, None], jnp.arange(2)[None]
-    x_B2Kd = x_BKD.reshape(B, K, 2, D // 2).swapaxes(1, 2).astype(cache_BKSD.dtype)
-    cache_BKS2d = cache_BKSD.reshape(B, K, S, 2, D // 2)
-    return cache_BKS2d.at[rows_B1, :, pos_B[:, None], halves].set(x_B2Kd, mode="drop").reshape(B, K, S, D)
+    x_BT2Kd = x_BTKD.reshape(B, -1, K, 2, D // 2).swapaxes(2, 3).astype(cache_BKSD.dtype)
+    index = jnp.arange(B)[:, None, None], slice(None), at_BT[..., None], jnp.arange(2)
+    return cache_BKSD.reshape(B, K, S, 2, D // 2).at[index].set(x_BT2Kd, mode="drop").reshape(B, K, S, D)
 
 
 def init_cache(cfg: GPTConfig, batch: int, slots: int, dtype=jnp.float32) -> Cache:
@@ -135,31 +136,75 @@ def decode_step(params, cfg: GPTConfig, ids_B, cache: Cache, *, dtype=jnp.float3
 
     A row whose cache is full drops the write; callers stop at the window's end.
     """
-    B, S = ids_B.shape[0], cache.k[0].shape[2]
-    pos_B = cache.length_B
-    rope = rope_table(cfg, (pos_B + cache.offset_B)[:, None], dtype)
-    back_BS = pos_B[:, None] - jnp.arange(S)
-    e_B1C = embed(params, ids_B[:, None], dtype)
-    x_B1C = smear(params, e_B1C, cache.previous_B1C.astype(dtype))
-    x0_B1C, kept_B1C, ks, vs = x_B1C, None, [], []
-    for i, layer, window, value in layer_weights(params, cfg, ids_B[:, None], dtype):
-        x_B1C = enter_block(layer, x_B1C, x0_B1C)
-        q, k, v = qkv(layer, cfg, x_B1C, rope, value)
-        k_BKSD = _append(cache.k[i], k[:, 0], pos_B)
-        v_BKSD = _append(cache.v[i], v[:, 0], pos_B)
-        q_BKGD = q.reshape(B, cfg.n_kv_head, -1, cfg.head_dim)
-        s_BKGS = jnp.einsum("bkgd,bksd->bkgs", q_BKGD, k_BKSD, preferred_element_type=jnp.float32)
-        visible_BS = (back_BS >= 0) & (back_BS <= window)
-        s_BKGS = jnp.where(visible_BS[:, None, None], s_BKGS / math.sqrt(cfg.head_dim), NEG)
-        p_BKGS = jax.nn.softmax(s_BKGS, axis=-1).astype(v_BKSD.dtype)
-        attn = jnp.einsum("bkgs,bksd->bkgd", p_BKGS, v_BKSD).astype(x_B1C.dtype)
-        x_B1C = close_block(layer, x_B1C, attn)
-        kept_B1C = x_B1C if i == cfg.n_layer // 2 else kept_B1C
+    logits_BV, cache = extend(params, cfg, ids_B[:, None], jnp.ones_like(ids_B), cache, dtype=dtype)
+    return logits_BV, cache
+
+
+def extend(params, cfg: GPTConfig, ids_BT, count_B, cache: Cache, *, dtype=jnp.float32):
+    """Append right-padded tokens, `count_B` of them valid, at least one. Returns as `decode_step`."""
+    T = ids_BT.shape[1]
+    rope = rope_table(cfg, (cache.length_B + cache.offset_B)[:, None] + jnp.arange(T), dtype)
+    e_BTC = embed(params, ids_BT, dtype)
+    before_BTC = jnp.concatenate([cache.previous_B1C.astype(dtype), e_BTC[:, :-1]], axis=1)
+    entries = Entries(smear(params, e_BTC, before_BTC), rope, {})
+    tokens_B = cache.length_B + cache.offset_B + count_B
+    prompt = Prompt(ids_BT, tokens_B, jnp.ones(ids_BT.shape, bool), e_BTC)
+    return extend_entries(params, cfg, entries, prompt, count_B, cache)
+
+
+def _attend(q_BTHD, k_BKSD, v_BKSD, visible_BTS, looks: bool):
+    """Attention [B, T, H, D] over the slots, and where it went [B, T, S], the mean of the heads, if `looks`."""
+    B, T, H, D = q_BTHD.shape
+    K, S = k_BKSD.shape[1:3]
+    # time and the heads of a group as one axis: an axis of length 1 would cost a single token a third more
+    q_BKQD = q_BTHD.reshape(B, T, K, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    s_BKQS = jnp.einsum("bkqd,bksd->bkqs", q_BKQD, k_BKSD, preferred_element_type=jnp.float32)
+    visible_BKQS = jnp.tile(visible_BTS, (1, H // K, 1))[:, None]
+    p_BKQS = jax.nn.softmax(jnp.where(visible_BKQS, s_BKQS / math.sqrt(D), NEG), axis=-1)
+    o_BKQD = jnp.einsum("bkqs,bksd->bkqd", p_BKQS.astype(v_BKSD.dtype), v_BKSD)
+    o_BTHD = o_BKQD.reshape(B, K, -1, T, D).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
+    looked_BTS = p_BKQS.reshape(B, H, T, S).mean(1) if looks else 0.0
+    return o_BTHD.astype(q_BTHD.dtype), looked_BTS
+
+
+def extend_entries(params, cfg: GPTConfig, entries: Entries, prompt: Prompt, count_B, cache: Cache):
+    """Append right-padded entries behind the valid slots; an edit of a context is a shorter `length_B` and this.
+
+    What stands in the slots before is neither computed again nor changed, whatever follows it.
+    """
+    x_BTC, rope, _ = entries
+    (B, T), S, dtype = x_BTC.shape[:2], cache.k[0].shape[2], x_BTC.dtype
+    at_BT = cache.length_B[:, None] + jnp.arange(T)
+    new_BT = jnp.arange(T) < count_B[:, None]
+    slot_BT = jnp.where(new_BT, at_BT, S)
+    back_BTS = at_BT[..., None] - jnp.arange(S)
+    looks = cache.looks_BQS is not None
+    x0_BTC, kept_BTC, ks, vs, looks_BTS = x_BTC, None, [], [], 0.0
+    for i, layer, window, value in layer_weights(params, cfg, prompt.ids_BW, dtype):
+        x_BTC = enter_block(layer, x_BTC, x0_BTC)
+        if value is not None:
+            value["rows"] = value["rows"] * prompt.raw_BW[..., None].astype(dtype)
+        q, k, v = qkv(layer, cfg, x_BTC, rope, value)
+        k_BKSD, v_BKSD = _write(cache.k[i], k, slot_BT), _write(cache.v[i], v, slot_BT)
+        attn, looked_BTS = _attend(q, k_BKSD, v_BKSD, (back_BTS >= 0) & (back_BTS <= window), looks)
+        looks_BTS = looks_BTS + looked_BTS
+        x_BTC = close_block(layer, x_BTC, attn)
+        kept_BTC = x_BTC if i == cfg.n_layer // 2 else kept_BTC
         ks.append(k_BKSD)
         vs.append(v_BKSD)
-    return head_logits(params, cfg, x_B1C, kept_B1C), Cache(
-        tuple(ks), tuple(vs), e_B1C, pos_B + 1, cache.offset_B
+    last_B11 = (count_B - 1)[:, None, None]
+    x_B1C, kept_B1C, e_B1C = (
+        jnp.take_along_axis(y_BTC, last_B11, axis=1) for y_BTC in (x_BTC, kept_BTC, prompt.last_BWC)
     )
+    length_B = cache.length_B + count_B
+    looks_BQS = cache.looks_BQS
+    if looks:
+        Q = looks_BQS.shape[1]
+        newest_BT = new_BT & (at_BT >= length_B[:, None] - Q)
+        place_BT = jnp.where(newest_BT, at_BT % Q, Q)
+        looks_BQS = looks_BQS.at[jnp.arange(B)[:, None], place_BT].set(looks_BTS, mode="drop")
+    cache = Cache(tuple(ks), tuple(vs), e_B1C, length_B, prompt.tokens_B - length_B, looks_BQS)
+    return head_logits(params, cfg, x_B1C, kept_B1C), cache
 
 
 def head_logits(params, cfg, x_B1C, kept_B1C):

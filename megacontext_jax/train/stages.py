@@ -214,8 +214,6 @@ def context_parts(
         if saved and model.attention != "gist":
             print0(f"Note: {source_name} has GistNet and LensNet; without --mc this stage leaves them out.")
         return None
-    for flag in context_setup.without_effect(config.mc):
-        print0(f"Note: {flag} has no effect in this version.")
     parts = saved or context_setup.context_config(config.mc, model)
     if context_setup.nothing_to_choose(config.mc, parts, model.sequence_len):
         print0(

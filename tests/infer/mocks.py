@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.infer.chat_model import ChatModel
 from megacontext_jax.infer.engine import Engine
-from megacontext_jax.infer.model import Model, gpt_model
+from megacontext_jax.infer.model import Model, Region, gpt_model
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.gpt import forward, init_params
 
@@ -49,10 +50,22 @@ class MockDecoder:
         last_B = jnp.take_along_axis(ids_BT, length_B[:, None] - 1, axis=1)[:, 0]
         return self.logits_fn(length_B, last_B), MockCache(length_B, last_B)
 
+    def extend(self, params, ids_BT, count_B, cache):
+        length_B = cache.length_B + count_B
+        last_B = jnp.take_along_axis(ids_BT, count_B[:, None] - 1, axis=1)[:, 0]
+        return self.logits_fn(length_B, last_B), MockCache(length_B, last_B)
+
     def decode_step(self, params, ids_B, cache):
         self.traced["decode_step"] += 1
         cache = MockCache(cache.length_B + 1, ids_B)
         return self.logits_fn(*cache), cache
+
+    def regions(self, tokens):
+        return [Region(0, 0, tokens, tokens)]
+
+
+def mock_chat(decoder) -> ChatModel:
+    return ChatModel(tokenizer(), "mock, step 1", Model(decoder, None))
 
 
 def one_hot_logits(token_B, vocab_size: int = 320):

@@ -7,7 +7,7 @@ import pytest
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.chat import ChatLoop
 from tests.infer import mocks
-from tests.infer.mocks import MockDecoder, mock_engine, one_hot_logits, scripted
+from tests.infer.mocks import MockDecoder, mock_chat, one_hot_logits, scripted
 
 TOK = mocks.tokenizer()
 BOS, USER, USER_END, SPEAK, END = (
@@ -26,7 +26,7 @@ def rendered(*turns):
 
 def remembered(loop):
     """As text: a model may say with other tokens what the tokenizer would."""
-    return TOK.decode(loop.conversation.tokens)
+    return TOK.decode(loop.session.tree.tokens().tolist())
 
 
 def says(text, window=256):
@@ -35,6 +35,11 @@ def says(text, window=256):
     follows = dict(zip([SPEAK, *data], data, strict=False))  # each byte occurs once
     table = [follows.get(token, END) for token in range(320)]
     return MockDecoder(lambda _, last_B: one_hot_logits(jnp.asarray(table)[last_B]), window=window)
+
+
+def loop_of(decoder, options=GREEDY, **streams):
+    chat = mock_chat(decoder)
+    return ChatLoop(chat.new_session(), options, new=chat.new_session, **streams)
 
 
 def talk(decoder, *lines, options=GREEDY, ends=EOFError, out=None):
@@ -49,7 +54,7 @@ def talk(decoder, *lines, options=GREEDY, ends=EOFError, out=None):
 
     asked = []
     out, notes = out or io.StringIO(), io.StringIO()
-    loop = ChatLoop(mock_engine(decoder), options, read=read, out=out, notes=notes)
+    loop = loop_of(decoder, options, read=read, out=out, notes=notes)
     assert loop.run() == 0
     assert all("You" in prompt for prompt in asked)
     return loop, out.getvalue(), notes.getvalue()
@@ -60,14 +65,14 @@ def test_a_conversation_grows_turn_by_turn():
     assert out.count("Assistant: Yes.\n") == 2
     assert notes == ""
     assert remembered(loop) == rendered("Is it?", "Yes.", "And <|bos|> now?", "Yes.")
-    assert loop.conversation.tokens.count(BOS) == 1  # what a user types is never markup
+    assert loop.session.tree.tokens().tolist().count(BOS) == 1  # what a user types is never markup
 
 
 @pytest.mark.parametrize("word", ["quit", "exit", " QUIT "])
 def test_quit(word):
     loop, out, _ = talk(says("Yes."), word, "never asked")
     assert "Assistant" not in out
-    assert loop.conversation.tokens == [BOS]
+    assert len(loop.session) == 0
 
 
 @pytest.mark.parametrize("ends", [EOFError, KeyboardInterrupt])
@@ -87,7 +92,7 @@ def test_an_answer_that_is_cut_is_closed_and_explained():
     loop, out, notes = talk(says("Yes, sir!"), "Is it?", options=options)
     assert "Assistant: Yes\n" in out
     assert notes == "The answer was cut after 3 tokens (--max-tokens).\n"
-    assert remembered(loop) == rendered("Is it?", "Yes")
+    assert remembered(loop) + TOK.decode([END]) == rendered("Is it?", "Yes")  # closed by what is said next
 
 
 def test_a_model_that_starts_a_new_document_ends_its_answer():
@@ -101,15 +106,15 @@ def test_the_end_of_the_window_is_explained_and_the_conversation_survives():
     _, out, notes = talk(says("abcdefghijkl", window=24), "Is", "More?", "clear", "No")
     first, second = notes.splitlines()
     assert "Assistant: abcdefghijkl\n" in out
-    assert first.startswith("With this message the conversation takes ")
+    assert first.startswith("With this the conversation takes ")
     assert "window holds 24" in first
-    assert "type clear" in first
+    assert "start over (clear)" in first
     assert second == "A new conversation."
     assert out.count("Assistant: abcdefghijkl\n") == 2
     long = "x" * 100
     _, out, notes = talk(says("Yes.", window=24), long)
     assert "Assistant" not in out
-    assert notes.startswith("The message takes 104 tokens, and the model's window holds 24")
+    assert notes.startswith("With this the conversation takes 104 tokens, and the model's window holds 24")
     _, out, notes = talk(says("abcdefghijkl", window=14), "Is")
     assert "cut at the end of the model's window of 14 tokens" in notes
 
@@ -127,12 +132,12 @@ def test_ctrl_c_stops_the_answer_not_the_program():
     loop, out, notes = talk(says("abcde"), "One", "clear", "Two", out=Impatient())
     assert out.count("Assistant: ab\n") == 2
     assert notes.splitlines() == ["Stopped.", "A new conversation.", "Stopped."]
-    assert remembered(loop) == rendered("Two", "abc")  # it had been said
+    assert remembered(loop) == rendered("Two", "abcde")  # the model had said it already
 
 
 def once(decoder, text, out=None, options=GREEDY):
     out, notes = out or io.StringIO(), io.StringIO()
-    loop = ChatLoop(mock_engine(decoder), options, out=out, notes=notes)
+    loop = loop_of(decoder, options, out=out, notes=notes)
     return loop.answer_once(text), out.getvalue(), notes.getvalue()
 
 
@@ -149,19 +154,52 @@ def test_one_prompt_beyond_the_window_is_refused():
 def test_characters_the_terminal_lacks_do_not_crash():
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
-    loop = ChatLoop(mock_engine(says("é!")), GREEDY, out=out, notes=io.StringIO())
+    loop = loop_of(says("é!"), out=out, notes=io.StringIO())
     loop.answer_once("Is it?")
     assert raw.getvalue() == b"?!\n"
 
 
 def test_answers_of_one_conversation_draw_anew():
     options = SimpleNamespace(temperature=1.0, top_k=0, top_p=1.0, max_tokens=8)
-    engine = mocks.tiny_engine()
-    loop = ChatLoop(engine, options, out=io.StringIO(), notes=io.StringIO())
+    # whatever was said, the next token is as likely as any other
+    loop = loop_of(mocks.uniform(), options, out=io.StringIO(), notes=io.StringIO())
     said = []
     for _ in range(2):
-        loop.conversation.tokens = [BOS]
-        prompt = loop.conversation.prompt("Hi")
-        said.append(loop._stream(prompt).tokens)
-        loop.conversation.keep(prompt, said[-1])
+        loop.session.add_message("Hi")
+        said.append(loop._stream().tokens)
     assert said[0] != said[1]
+
+
+def test_commands(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("A lantern.")
+    loop, out, notes = talk(
+        says("Yes."),
+        f"/load {book}",
+        "Is it?",
+        "/focus",
+        "/stats",
+        "/save",
+        "/nonsense",
+        "/load",
+        "/load /no/where",
+    )
+    assert "Assistant: Yes.\n" in out
+    assert remembered(loop) == rendered("A lantern.\nIs it?", "Yes.")
+    assert "Read " in notes
+    assert "12 tokens" not in notes
+    for line in (
+        "tokens  shown as",
+        "history: ",
+        "start it with --session FOLDER",
+        "There is no command /nonsense",
+        "/load needs the name of a file",
+        "Cannot read /no/where",
+    ):
+        assert line in notes, line
+
+
+def test_a_document_comes_before_the_question():
+    loop = loop_of(says("Yes."), out=io.StringIO(), notes=io.StringIO())
+    assert loop.answer_once("Is it?", "A lantern.") == 0
+    assert remembered(loop) == rendered("A lantern.\nIs it?", "Yes.")

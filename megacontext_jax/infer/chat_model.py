@@ -1,0 +1,157 @@
+"""A trained model that holds conversations: makes sessions of its kind, all sharing weights and compiled programs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+import xxhash
+
+from megacontext_jax.context import gistnet
+from megacontext_jax.context.gist_rows import GistRows
+from megacontext_jax.context.objective import ContextObjective
+from megacontext_jax.context.store import create_store, open_store
+from megacontext_jax.errors import UserError
+from megacontext_jax.files import remove_stale_scratch, scratch_path
+from megacontext_jax.infer.engine import Engine
+from megacontext_jax.infer.focus_memory import FocusConfig, FocusMemory
+from megacontext_jax.infer.memory import LONGEST, Memory, TokenMemory
+from megacontext_jax.infer.model import Model
+from megacontext_jax.infer.session import ABOUT, TREE, About, Session
+from megacontext_jax.model import gpt
+
+
+def levels_for(block: int, tokens: int = LONGEST) -> int:
+    """Levels above the tokens with which a history of `tokens` tokens ends in at most `block` entries of the last."""
+    level, span = 1, block
+    while span * block < tokens:
+        level, span = level + 1, span * block
+    return level
+
+
+def session_rows(objective: GistRows, tokens: int = LONGEST) -> GistRows:
+    """The same model with levels for a history of `tokens` tokens: the same function while the history is short."""
+    levels = max(objective.cfg.gist_levels, levels_for(objective.cfg.gist_block, tokens))
+    cfg = replace(objective.cfg, gist_levels=levels, sequence_len=tokens)
+    return replace(objective, base=replace(objective.base, cfg=cfg))
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """`focus` is there for a model of --mc; otherwise `model` reads every token."""
+
+    tokenizer: object
+    name: str  # run and step
+    model: Model
+    focus: FocusConfig | None = None
+    params: dict | None = None  # of the training, with `focus`
+
+    @cached_property
+    def engine(self) -> Engine:
+        return Engine(self.model, self.tokenizer)
+
+    @property
+    def kind(self) -> str:
+        if self.focus:
+            return "working context"
+        return "gist attention" if hasattr(self.model.decoder, "objective") else "plain"
+
+    @property
+    def about(self) -> About:
+        return About(f"{self.name}, {self.kind}", self.tokenizer.digest)
+
+    def memory(self) -> Memory:
+        if self.focus:
+            return FocusMemory(self.focus, {"decode": self.model.params, "train": self.params})
+        return TokenMemory(self.model)
+
+    def new_session(self, folder: Path | str | None = None) -> Session:
+        """An empty conversation, in memory or in a new folder."""
+        if folder is None:
+            return Session(self.engine, self.memory(), create_store("ram", **self._tree))
+        folder = Path(folder)
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(
+                f"{folder} exists and is no session; choose another folder, this one is left alone."
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_scratch(folder.parent, folder.name)
+        scratch = scratch_path(folder)
+        scratch.mkdir()
+        create_store("disk", scratch / TREE, **self._tree).close()
+        self.about.write(scratch)
+        scratch.replace(folder)  # complete, or not there
+        return self.open_session(folder)
+
+    def open_session(self, folder: Path | str, say: Callable[[str], None] = print) -> Session:
+        """The conversation in a folder, as far as it was acknowledged. UserError if it is another model's."""
+        folder = Path(folder)
+        found = About.read(folder)
+        if found != self.about:
+            whose = (
+                found.model if found.model != self.about.model else "the same model with another tokenizer"
+            )
+            raise UserError(
+                f"{folder} is a conversation with {whose}, and this is {self.about.model}; choose that model, or another "
+                "folder."
+            )
+        options = {
+            k: v for k, v in self._tree.items() if k in ("gistnet", "encode", "embed", "block", "width")
+        }
+        tree = open_store(folder / TREE, say=say, **options)
+        session = Session(self.engine, self.memory(), tree, folder)
+        session.restore(say)
+        return session
+
+    def session(self, folder: Path | str | None, say: Callable[[str], None] = print) -> Session:
+        """The conversation of a folder, begun if there is none; without a folder one in memory."""
+        if folder is None or not (Path(folder) / ABOUT).exists():
+            return self.new_session(folder)
+        return self.open_session(folder, say)
+
+    @cached_property
+    def _tree(self) -> dict:
+        """How the tree of a session is made."""
+        if self.focus is None:  # tokens alone
+            nothing = {"encode": None, "embed": None}
+            return {"block": 2, "width": 1, "gistnet": "none", "max_levels": 0, **nothing}
+        return tree_options(self.focus.objective, self.params, self.focus.allocator.max_level)
+
+
+def tree_options(objective: ContextObjective, params: dict, levels: int) -> dict:
+    """Block, width, encoder and identity of the trees of a model trained with --mc."""
+    block, width = objective.context.block, objective.cfg.n_embd
+    aux = objective.aux_dtype or objective.base.dtype
+
+    @jax.jit
+    def embed(params, ids_n):
+        e_NKC = gpt.embed(params, ids_n, objective.base.dtype).reshape(-1, block, width)
+        return gpt.smear(params, e_NKC, gpt.shift_right(e_NKC)).reshape(-1, width)
+
+    @jax.jit
+    def encode(params, x_NKC):
+        gists_NC = gistnet.encode(params["gistnet"], objective.context.gist, x_NKC.astype(aux))
+        return gists_NC.astype(objective.base.dtype).astype("float32")
+
+    return {
+        "block": block,
+        "width": width,
+        "gistnet": gistnet_digest(params),
+        "max_levels": levels,
+        "embed": lambda ids_n: embed(params, ids_n.astype(np.int32)),
+        "encode": lambda x_NKC: encode(params, x_NKC),
+    }
+
+
+def gistnet_digest(params: dict) -> str:
+    """Identity of what makes gists: GistNet and the embeddings it reads."""
+    hasher = xxhash.xxh3_128()
+    parts = {
+        name: params[name] for name in ("gistnet", "wte", "smear_gate", "smear_lambda") if name in params
+    }
+    for path, leaf in jax.tree.leaves_with_path(parts):
+        hasher.update(jax.tree_util.keystr(path).encode())
+        hasher.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+    return hasher.hexdigest()

@@ -1,0 +1,429 @@
+"""A memory in a flat working context: the whole history in a fixed number of entries, refocused on the way.
+
+Old spans are gists, read from the tree; what the lens finds worth it is opened down to its tokens. The cache holds the
+keys of the entries in order, so an edit of the context makes those behind it anew and keeps those before it. Nothing
+here grows with the history but the tree.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megacontext_jax.context.allocator import AllocatorConfig, Focus, refocus
+from megacontext_jax.context.layout import Layout, starts, tapered_layout
+from megacontext_jax.context.lenses import bm25, standard
+from megacontext_jax.context.objective import ContextObjective
+from megacontext_jax.context.positions import centres, gaussian_rope, spreads
+from megacontext_jax.context.store import TreeStore
+from megacontext_jax.context.store_base import RamRows
+from megacontext_jax.infer.memory import LONGEST, Tick, is_alive, padded_to
+from megacontext_jax.infer.model import GPTDecoder, Model, Region
+from megacontext_jax.model import decode, gpt
+from megacontext_jax.model.gpt import Entries
+
+
+@dataclass(frozen=True)
+class FocusConfig:
+    """How a working context is kept; hashable, one set of compiled programs each."""
+
+    decoder: GPTDecoder
+    objective: ContextObjective
+    allocator: AllocatorConfig
+    budget: int  # entries after a refocus
+    lens: str = "learned"
+    interval: int = 32  # tokens between refocuses
+    iterations: int = 2  # of a refocus on the way
+    rebuild_iterations: int = 8  # most of one before an answer
+    rebuild_edits: int = 4  # per iteration of it
+
+    @property
+    def block(self) -> int:
+        return self.objective.context.block
+
+    @property
+    def positions(self) -> str:
+        return self.objective.context.positions
+
+    @cached_property
+    def places(self) -> int:
+        """Slots of the cache: the budget, and what may be appended before the next refocus."""
+        return self.budget + max(32, self.interval) + 32
+
+
+class Piece(NamedTuple):
+    """Entries of one context side by side, right-padded, with all that the model reads of them."""
+
+    level_1T: np.ndarray
+    node_1T: np.ndarray
+    ids_1T: np.ndarray  # tokens; 0 for gists
+    before_1T: np.ndarray  # the token before, shown or not; -1 for none
+    gists_1TC: np.ndarray  # zeros for tokens
+    count_1: np.ndarray  # entries that are there
+
+    @property
+    def layout(self) -> Layout:
+        valid_1T = jnp.arange(self.level_1T.shape[1]) < self.count_1[:, None]
+        return Layout(jnp.asarray(self.level_1T), jnp.asarray(self.node_1T), valid_1T)
+
+
+def _rows(params, piece: Piece, dtype):
+    """The rows of the level tables that a piece shows, [1, T, C]."""
+    e_1TC = gpt.embed(params, piece.ids_1T, dtype)
+    return jnp.where((piece.level_1T == 0)[..., None], e_1TC, piece.gists_1TC.astype(dtype))
+
+
+@partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
+def _extend(params, piece: Piece, tokens_1, cache, *, cfg: FocusConfig):
+    """Appends entries to the cache; `tokens_1` is the end of the last one's span."""
+    params, model, dtype = params["decode"], cfg.objective.cfg, cfg.decoder.dtype
+    x_1TC = e_1TC = _rows(params, piece, dtype)
+    raw_1T = piece.level_1T == 0
+    if "smear_gate" in params:
+        before_1TC = gpt.embed(params, jnp.maximum(piece.before_1T, 0), dtype)
+        smeared_1T = raw_1T & (piece.before_1T >= 0)
+        x_1TC = gpt.smear(params, x_1TC, before_1TC * smeared_1T[..., None].astype(dtype))
+    layout, index_1T = piece.layout, cache.length_B[:, None] + jnp.arange(x_1TC.shape[1])
+    mu_1T = index_1T if cfg.positions == "rank" else centres(layout, cfg.block)
+    sigma_1T = None if cfg.positions == "simple" else spreads(layout, cfg.block)
+    rope = gaussian_rope(model, mu_1T, sigma_1T, dtype)
+    if cfg.positions == "rank":  # what is decoded next goes on counting entries
+        tokens_1 = cache.length_B + piece.count_1
+    prompt = decode.Prompt(piece.ids_1T, tokens_1, raw_1T, e_1TC)
+    return decode.extend_entries(params, model, Entries(x_1TC, rope, {}), prompt, piece.count_1, cache)
+
+
+@partial(jax.jit, static_argnames=("cfg", "allocator"))
+def _refocus(
+    params,
+    piece: Piece,
+    age_1P,
+    looks_1QP,
+    tf_1QP,
+    tokens_1,
+    key,
+    *,
+    cfg: FocusConfig,
+    allocator: AllocatorConfig,
+):
+    """One iteration: (focus after it, statistics, scores before it)."""
+    layout = piece.layout
+    mass_1P = looks_1QP.sum(1)
+    match cfg.lens:
+        case "learned":
+            x_1PC = _rows(params["train"], piece, cfg.decoder.dtype)
+            scores_1P = cfg.objective.entry_scores(params["train"], x_1PC, layout, mass_1P)
+        case "attention":
+            scores_1P = standard(mass_1P, layout)
+        case "lexical":
+            scores_1P = bm25(tf_1QP, layout)
+        case "random":
+            scores_1P = standard(jax.random.normal(key, mass_1P.shape), layout)
+        case _:
+            scores_1P = _by_recency(layout, tokens_1, cfg.block)
+    focus, stats = refocus(
+        Focus(layout, age_1P), scores_1P, allocator, budget=cfg.budget, tokens=tokens_1, key=key
+    )
+    return focus, stats, scores_1P
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _fit(level_1P, node_1P, count_1, age_1P, tokens_1, *, cfg: FocusConfig) -> Focus:
+    """The context within its budget, the oldest collapsed first; no lens looks."""
+    valid_1P = jnp.arange(level_1P.shape[1]) < count_1[:, None]
+    layout = Layout(level_1P, node_1P, valid_1P)
+    scores_1P = _by_recency(layout, tokens_1, cfg.block)
+    return refocus(Focus(layout, age_1P), scores_1P, cfg.allocator, budget=cfg.budget, tokens=tokens_1)[0]
+
+
+def _by_recency(layout: Layout, tokens_1, block: int):
+    """Below 0 and higher for the newer."""
+    return jnp.where(layout.valid_BW, starts(layout, block) / tokens_1[:, None] - 1.0, 0.0)
+
+
+class FocusMemory:
+    """Holds the layout on the host and the keys of its entries on the device."""
+
+    capacity = LONGEST
+
+    def __init__(self, cfg: FocusConfig, params):
+        """`params` is {"decode": prepared weights, "train": the training pytree}."""
+        self.cfg = cfg
+        self._params = params
+        self.model = Model(cfg.decoder, params["decode"])
+        self._queries = cfg.objective.queries
+        self._calls = 0
+        self.recomputed: Counter[str] = Counter()  # entries, by why
+        self.kept = 0  # entries that an edit behind them left alone
+        self.edits: Counter[str] = Counter()
+        self.reset()
+
+    def reset(self) -> None:
+        self._level = self._node = self._age = np.zeros(0, np.int32)
+        self._scores = np.zeros(0, np.float32)
+        self.tokens = 0
+        self._since = 0  # tokens since the last refocus
+        self._occurrences = Occurrences()
+        self._new_cache()
+
+    def _new_cache(self) -> None:
+        cfg = self.cfg
+        cache = cfg.decoder.init_cache(1, cfg.places)
+        looks_1QS = jnp.zeros((1, self._queries, cfg.places), jnp.float32)
+        self.cache = cache._replace(looks_BQS=looks_1QS)
+        self.logits_1V = jnp.zeros((1, cfg.decoder.vocab_size), jnp.float32)
+        self._ready = 0  # leading entries whose keys the cache holds
+
+    # --- what a session calls ---
+
+    def catch_up(self, tree: TreeStore, tick: Tick) -> None:
+        if not is_alive((self.cache, self.logits_1V)):
+            self._new_cache()
+        new = len(tree) - self.tokens
+        if new > self.cfg.budget:
+            self._lay_out_anew(len(tree))
+        else:
+            self._append_raw(len(tree))
+        self._since = 0
+        self._bring_up(tree, "append")
+        tick(self.tokens)
+        # a gist may open level by level
+        resting = replace(self.cfg.allocator, cooldown=0, max_replacements=self.cfg.rebuild_edits)
+        for _ in range(self.cfg.rebuild_iterations):
+            if not self._iterate(tree, resting):
+                break
+
+    def room(self) -> int:
+        return max(1, min(self.cfg.interval - self._since, self.cfg.places - len(self._level)))
+
+    def took(self, cache, logits_1V, count: int, tree: TreeStore) -> None:
+        self.cache, self.logits_1V = cache, logits_1V
+        self._add_entries(count)
+        self._ready += count
+        self._since += count
+        self.recomputed["append"] += count
+        if self._since >= self.cfg.interval:
+            self._since = 0
+            for _ in range(self.cfg.iterations):
+                if not self._iterate(tree, self.cfg.allocator):
+                    break
+
+    def regions(self) -> list[Region]:
+        """Runs of entries of one level, oldest first."""
+        block, found = self.cfg.block, []
+        for i, (level, node) in enumerate(zip(self._level.tolist(), self._node.tolist(), strict=True)):
+            span = block**level
+            score = float(self._scores[i]) if i < len(self._scores) else None
+            last = found[-1] if found else None
+            if last and last.level == level:
+                total = None if score is None or last.score is None else last.score + score
+                found[-1] = last._replace(stop=(node + 1) * span, entries=last.entries + 1, score=total)
+            else:
+                found.append(Region(level, node * span, (node + 1) * span, 1, score))
+        return [r if r.score is None else r._replace(score=r.score / r.entries) for r in found]
+
+    def statistics(self) -> dict:
+        return {
+            "entries": len(self._level),
+            "budget": self.cfg.budget,
+            "recomputed": dict(self.recomputed),
+            "kept": self.kept,
+            **self.edits,
+        }
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        return {
+            "level": self._level,
+            "node": self._node,
+            "age": self._age,
+            "tokens": np.array(self.tokens),
+        }
+
+    def restore(self, arrays: dict[str, np.ndarray]) -> None:
+        level, node, age = (np.asarray(arrays[name], np.int32) for name in ("level", "node", "age"))
+        spans = self.cfg.block ** level.astype(np.int64)
+        tokens = int(arrays["tokens"])
+        ends = np.cumsum(spans)
+        if (
+            not len(level) == len(node) == len(age) <= self.cfg.places
+            or (ends[-1] if len(ends) else 0) != tokens
+            or (node * spans != ends - spans).any()
+        ):
+            raise ValueError("not a working context")
+        self.reset()
+        self._level, self._node, self._age, self.tokens = level, node, age, tokens
+
+    # --- the layout ---
+
+    def _add_entries(self, count: int) -> None:
+        node = np.arange(self.tokens, self.tokens + count, dtype=np.int32)
+        self._level = np.concatenate([self._level, np.zeros(count, np.int32)])
+        self._node = np.concatenate([self._node, node])
+        self._age = np.concatenate([self._age, np.full(count, self.cfg.allocator.cooldown, np.int32)])
+        self.tokens += count
+
+    def _append_raw(self, tokens: int) -> None:
+        """Appends tokens up to `tokens`; where the places end, the oldest entries collapse."""
+        while self.tokens < tokens:
+            count = min(tokens - self.tokens, self.cfg.places - len(self._level))
+            self._add_entries(count)
+            if len(self._level) == self.cfg.places and self.tokens < tokens:
+                level_1P, node_1P, age_1P = self._full(self._level, self._node, self._age)
+                counts = np.array([len(self._level)], np.int32), np.array([self.tokens], np.int32)
+                self._keep(
+                    jax.device_get(_fit(level_1P, node_1P, counts[0], age_1P, counts[1], cfg=self.cfg))
+                )
+
+    def _lay_out_anew(self, tokens: int) -> None:
+        """A long text pushes everything back: detail falls with distance, whatever was open before."""
+        cfg = self.cfg.allocator
+        level, node = tapered_layout(
+            tokens, self.cfg.budget, block=cfg.block, max_level=cfg.max_level, recent=cfg.recent
+        )
+        self._replace(level, node, np.full(len(level), cfg.cooldown, np.int32))
+        self.tokens = tokens
+        self.edits["relayouts"] += 1
+
+    def _keep(self, focus: Focus) -> bool:
+        """Takes a layout over from the device; whether it is another one."""
+        count = int(focus.layout.valid_BW.sum())
+        level, node, age = (
+            np.asarray(x[0, :count]) for x in (focus.layout.level_BW, focus.layout.node_BW, focus.age_BW)
+        )
+        return self._replace(level, node, age)
+
+    def _replace(self, level, node, age) -> bool:
+        old = np.stack([self._level, self._node])
+        n = min(len(level), old.shape[1])
+        differs = (old[:, :n] != np.stack([level, node])[:, :n]).any(0)
+        same = int(np.argmax(differs)) if differs.any() else n
+        changed = same < max(len(level), old.shape[1])
+        self._level, self._node, self._age = level, node, age
+        self._ready = min(self._ready, same)
+        return changed
+
+    def _full(self, *arrays):
+        return [np.pad(x, (0, self.cfg.places - len(x)))[None] for x in arrays]
+
+    # --- the device ---
+
+    def _piece(self, tree: TreeStore, first: int, stop: int, size: int) -> Piece:
+        level, node = self._level[first:stop], self._node[first:stop]
+        ids, before = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+        gists = np.zeros((size, self.cfg.objective.cfg.n_embd), np.float32)
+        for kind in np.unique(level):
+            here = np.flatnonzero(level == kind)
+            low, high = int(node[here[0]]), int(node[here[-1]]) + 1
+            if kind == 0:
+                low = max(0, low - 1)
+                tokens = tree.tokens(low, high)
+                ids[here] = tokens[node[here] - low]
+                behind = here[node[here] > 0]
+                before[behind] = tokens[node[behind] - 1 - low]
+            else:
+                gists[here] = tree.gists(int(kind), low, high)[node[here] - low]
+        pad = (0, size - len(level))
+        return Piece(
+            np.pad(level, pad)[None],
+            np.pad(node, pad)[None],
+            ids[None],
+            before[None],
+            gists[None],
+            np.array([stop - first], np.int32),
+        )
+
+    def _bring_up(self, tree: TreeStore, why: str) -> None:
+        """The keys of the entries that the cache lacks, and the logits after the last."""
+        count = len(self._level)
+        # the newest entries tell where the model looks, and must have looked at the context as it is
+        first = min(self._ready, max(0, count - self._queries))
+        if self._ready == count:
+            return
+        self.kept += first
+        self.recomputed[why] += count - first
+        self.cache = self.cache._replace(length_B=jnp.array([first], jnp.int32))
+        sizes = (*(s for s in (32, 128, 512) if s < self.cfg.places), self.cfg.places)
+        while first < count:
+            size = padded_to(count - first, sizes)
+            stop = min(count, first + size)
+            piece = self._piece(tree, first, stop, size)
+            end = (int(self._node[stop - 1]) + 1) * self.cfg.block ** int(self._level[stop - 1])
+            self.logits_1V, self.cache = _extend(
+                self._params, piece, np.array([end], np.int32), self.cache, cfg=self.cfg
+            )
+            first = stop
+        self._ready = count
+
+    def _iterate(self, tree: TreeStore, allocator: AllocatorConfig) -> bool:
+        """One look of the lens, the edits it asks for, the keys anew behind them; whether there were any."""
+        count = len(self._level)
+        if count <= self.cfg.budget and not self._level.any():
+            return False  # everything is raw and fits
+        piece = self._piece(tree, 0, count, self.cfg.places)
+        self._calls += 1
+        tf_1QP = self._term_counts(tree) if self.cfg.lens == "lexical" else None
+        focus, stats, scores_1P = jax.device_get(
+            _refocus(
+                self._params,
+                piece,
+                self._full(self._age)[0],
+                self.cache.looks_BQS,
+                tf_1QP,
+                np.array([self.tokens], np.int32),
+                jax.random.key(self._calls),
+                cfg=self.cfg,
+                allocator=allocator,
+            )
+        )
+        self._scores = scores_1P[0, :count]
+        expands, collapses = int(stats.expands_B[0]), int(stats.collapses_B[0])
+        self.edits["expands"] += expands
+        self.edits["collapses"] += collapses
+        self.edits["refocuses"] += 1
+        if not self._keep(focus):
+            return False
+        self._scores = np.zeros(0, np.float32)
+        self._bring_up(tree, "expand" if expands else "collapse")
+        return True
+
+    def _term_counts(self, tree: TreeStore) -> np.ndarray:
+        """How often each of the newest tokens occurs under every entry, [1, Q, P]."""
+        self._occurrences.read(tree)
+        span = self.cfg.block ** self._level.astype(np.int64)
+        tf_QP = np.zeros((self._queries, self.cfg.places), np.int32)
+        newest = tree.tokens(max(0, len(tree) - self._queries))
+        for tf_P, token in zip(tf_QP, newest.tolist(), strict=False):
+            tf_P[: len(span)] = self._occurrences.count(token, self._node * span, (self._node + 1) * span)
+        return tf_QP[None]
+
+
+class Occurrences:
+    """Where in a history every token stands, for lexical match in time that grows with its logarithm."""
+
+    def __init__(self):
+        self._places: dict[int, RamRows] = {}
+        self._tokens = 0
+
+    def read(self, tree: TreeStore) -> None:
+        """Takes in what the tree has gained."""
+        ids_n = tree.tokens(self._tokens)
+        if not len(ids_n):
+            return
+        order_n = np.argsort(ids_n, kind="stable")
+        found, first = np.unique(ids_n[order_n], return_index=True)
+        for token, places in zip(found.tolist(), np.split(order_n, first[1:]), strict=True):
+            if token not in self._places:
+                self._places[token] = RamRows(np.dtype(np.int64), ())
+            self._places[token].append(self._tokens + places)
+        self._tokens += len(ids_n)
+
+    def count(self, token: int, begin, end):
+        """How often the token stands in [begin, end), elementwise."""
+        if token not in self._places:
+            return np.zeros(len(begin), np.int32)
+        places = self._places[token].read(0, len(self._places[token]))
+        return np.searchsorted(places, end) - np.searchsorted(places, begin)

@@ -1,0 +1,227 @@
+"""A conversation over a history of any length, in memory or in a folder.
+
+    chat = load_chat(config)
+    with chat.new_session() as session:           # or chat.open_session(folder)
+        session.add_document(book)                # any length
+        session.add_message("Who lives in Riga?")
+        for event in session.answer(max_tokens=100, temperature=0.0): ...
+
+The history are tokens in a tree (`context.store`); what was appended there is acknowledged and outlives a kill of the
+process if the session has a folder. What the model remembers of it is a `Memory`, which catches up with the tree.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megacontext_jax.context.store import TreeStore
+from megacontext_jax.errors import UserError
+from megacontext_jax.files import atomic_path, write_bytes
+from megacontext_jax.infer.engine import NO_TOKEN, Engine, Event, State, new_state
+from megacontext_jax.infer.memory import Memory, Tick, check_fits
+from megacontext_jax.infer.model import Region
+
+APPEND = 4096  # tokens of a long text that are acknowledged at a time
+SNAPSHOT_EVERY = 65_536  # tokens read between two snapshots of a memory, while a long text is read
+ABOUT, TREE, SNAPSHOT = "session.json", "tree", "memory.npz"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a session's folder says of itself."""
+
+    model: str  # run, step and pattern: whose memory it is
+    tokenizer: str  # digest
+
+    def write(self, folder: Path) -> None:
+        fields = {
+            "format": "megacontext-session",
+            "version": 1,
+            "model": self.model,
+            "tokenizer": self.tokenizer,
+        }
+        write_bytes(folder / ABOUT, (json.dumps(fields, indent=1) + "\n").encode())
+
+    @staticmethod
+    def read(folder: Path) -> "About":
+        path = folder / ABOUT
+        try:
+            fields = json.loads(path.read_bytes())
+            if fields["format"] != "megacontext-session" or fields["version"] > 1:
+                raise ValueError
+            return About(str(fields["model"]), str(fields["tokenizer"]))
+        except OSError:
+            raise UserError(f"{folder} is no session (it has no {ABOUT}); name another folder.") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged or of a newer version; restore it from a copy.") from None
+
+
+class Session:
+    """One history and what the model remembers of it. Not for several threads at once."""
+
+    def __init__(self, engine: Engine, memory: Memory, tree: TreeStore, folder: Path | None = None):
+        self._engine = engine
+        self.memory = memory
+        self.tree = tree
+        self.folder = folder
+        self._saved = 0  # tokens of the history when the memory was last written
+        self._turns = 0
+        tokenizer = engine.tokenizer
+        self.tokenizer = tokenizer
+        names = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
+        self._bos, self._user, self._user_end, self._assistant, self._assistant_end = (
+            tokenizer.special(f"<|{name}|>") for name in names
+        )
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        """Tokens of the history."""
+        return len(self.tree)
+
+    # --- reading ---
+
+    def append(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Acknowledges tokens; the model reads them when it next speaks. UserError if there is no room for them."""
+        check_fits(self.memory, len(self.tree), len(ids))
+        for start in range(0, len(ids), APPEND):
+            self.tree.append(ids[start : start + APPEND])
+
+    def add_document(self, text: str) -> int:
+        """Puts a text at the beginning of the next message; its tokens."""
+        ids = [*self._opening(), *self.tokenizer.encode(text), *self.tokenizer.encode("\n")]
+        self.append(ids)
+        return len(ids)
+
+    def add_message(self, text: str) -> None:
+        """The user's message, up to where the assistant speaks. Text is never taken for markup."""
+        self.append([*self._opening(), *self.tokenizer.encode(text), self._user_end, self._assistant])
+
+    def read(self, tick: Tick = lambda tokens: None) -> None:
+        """Lets the model read what it has not; `tick` is told how far it is. May be interrupted and called again."""
+        last = self._saved
+
+        def told(tokens: int) -> None:
+            nonlocal last
+            tick(tokens)
+            if self.folder and tokens - last >= SNAPSHOT_EVERY:
+                self._write_snapshot()
+                last = tokens
+
+        self.memory.catch_up(self.tree, told)
+
+    def _opening(self) -> list[int]:
+        """What must stand before more text of the user."""
+        open_mark = self._open_turn()
+        if open_mark == self._user:
+            return []
+        closing = [self._assistant_end] if open_mark == self._assistant else []
+        return [*([] if len(self.tree) else [self._bos]), *closing, self._user]
+
+    def _open_turn(self) -> int | None:
+        """The mark of the turn that is not closed yet: a kill may have cut an answer, a document awaits its question."""
+        marks = (self._user, self._user_end, self._assistant, self._assistant_end)
+        for stop in range(len(self.tree), 0, -APPEND):
+            ids = self.tree.tokens(max(0, stop - APPEND), stop)
+            places = np.flatnonzero(np.isin(ids, marks))
+            if len(places):
+                mark = int(ids[places[-1]])
+                return mark if mark in (self._user, self._assistant) else None
+        return None
+
+    # --- speaking ---
+
+    def answer(
+        self,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 42,
+        tokens_per_sync: int = 8,
+        tick: Tick = lambda tokens: None,
+    ) -> Iterator[Event]:
+        """Reads what is new and streams what the model says next, token by token, until it stops.
+
+        Every token is in the history before it is yielded. Raises UserError for settings out of range at once.
+        """
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
+        draw = self._engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
+        if not len(self.tree):
+            raise UserError("There is nothing to answer yet; add a message first.")
+        return self._answer(draw, max_tokens, tick)
+
+    def _answer(self, draw, max_tokens: int | None, tick: Tick) -> Iterator[Event]:
+        self.read(tick)
+        room = self.memory.capacity - self.memory.tokens
+        limit_1 = np.array([min(room, max_tokens or room)], np.int32)
+        state = new_state(self.memory.cache, self.memory.logits_1V, limit_1)
+        try:
+            yield from self._engine.run(state, limit_1, draw, max_tokens, between=self)
+        finally:
+            self._turns += 1
+            if self.folder:
+                self._write_snapshot(small=True)
+
+    def room(self) -> int:
+        return self.memory.room()
+
+    def settle(self, state: State, token_NB: np.ndarray) -> State:
+        said = token_NB[:, 0][token_NB[:, 0] != NO_TOKEN]
+        self.tree.append(said)
+        self.memory.took(state.cache, state.logits_BV, len(said), self.tree)
+        return state._replace(cache=self.memory.cache, logits_BV=self.memory.logits_1V)
+
+    # --- looking and keeping ---
+
+    def regions(self) -> list[Region]:
+        """How the history is shown to the model, oldest first; what it has not read is not in it."""
+        return self.memory.regions()
+
+    def save(self) -> None:
+        """Forces everything to the disk, so that it outlives a power cut too."""
+        if self.folder is None:
+            raise UserError(
+                "This conversation lives in memory alone; start it with --session FOLDER to keep it."
+            )
+        self.tree.sync()
+        self._write_snapshot()
+
+    def _write_snapshot(self, small: bool = False) -> None:
+        """What the memory needs to go on. Without it, it reads again from the last one: slower, and the same."""
+        arrays = self.memory.snapshot()
+        if not arrays or (small and sum(x.nbytes for x in arrays.values()) > 1 << 20):
+            return
+        with atomic_path(self.folder / SNAPSHOT) as scratch, open(scratch, "wb") as file:
+            np.savez(file, **arrays)
+        self._saved = self.memory.tokens
+
+    def restore(self, say: Callable[[str], None]) -> None:
+        """Takes up the snapshot in the folder, if there is one of this history."""
+        path = self.folder / SNAPSHOT
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                self.memory.restore(dict(arrays))
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, OSError, EOFError, TypeError):
+            say(f"{path} cannot be used; the history is read anew.")
+            self.memory.reset()
+            return
+        if self.memory.tokens > len(self.tree):  # the disk lost tokens that the snapshot had
+            self.memory.reset()
+        self._saved = self.memory.tokens
+
+    def close(self) -> None:
+        if self.folder and self._saved < self.memory.tokens:
+            self._write_snapshot()
+        self.tree.close()

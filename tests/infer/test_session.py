@@ -1,0 +1,189 @@
+"""Sessions: what they say is what whole sequences would, whatever was appended and edited; what is kept, and where."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megacontext_jax.context.layout import Layout, violations
+from megacontext_jax.errors import UserError
+from tests.infer.session_models import (
+    BUDGET,
+    MAX_LEVEL,
+    RECENT,
+    TOK,
+    VOCAB,
+    K,
+    focus_chat,
+    plain_chat,
+    rows_chat,
+    whole_focus_logits,
+)
+
+LONGEST = 256
+
+
+def random_history(session, rng, steps: int):
+    """Appends texts and lets the model speak, in any order; yields after each."""
+    for _ in range(steps):
+        if len(session) > LONGEST - 80:
+            return
+        if rng.random() < 0.5 or not len(session):
+            session.append(rng.integers(0, 250, int(rng.choice([1, 3, 17, 40, 60])), np.uint32))
+            session.read()
+        else:
+            seed = int(rng.integers(1000))
+            list(session.answer(max_tokens=int(rng.integers(1, 20)), temperature=1.5, seed=seed))
+        yield
+
+
+@pytest.mark.parametrize(
+    ("arch", "positions", "lens"),
+    [("pocket", "gaussian", "random"), ("latest", "simple", "learned"), ("pocket", "rank", "lexical")],
+)
+def test_a_working_context_says_what_it_would_as_a_whole(arch, positions, lens):
+    chat = focus_chat(arch, lens, positions)
+    worst, compressed = 0.0, 0
+    for seed in range(3):
+        with chat.new_session() as session:
+            for _ in random_history(session, np.random.default_rng(seed), 12):
+                expected = whole_focus_logits(chat, session, LONGEST)
+                found = np.asarray(session.memory.logits_1V)
+                worst = max(worst, np.abs(found - expected).max())
+                compressed += session.memory._level.any()
+                check_layout(session)
+            statistics = session.memory.statistics()
+    assert worst < 1e-4
+    assert compressed > 10
+    assert statistics["kept"] > 0
+    assert statistics["collapses"] > 0
+
+
+def check_layout(session):
+    memory = session.memory
+    level, node = (jnp.asarray(x)[None] for x in (memory._level, memory._node))
+    layout = Layout(level, node, jnp.ones(level.shape, bool))
+    # between refocuses new tokens are beside the budget
+    budget = BUDGET + memory._since
+    found = violations(
+        layout, block=K, tokens=len(session), budget=budget, recent=RECENT, max_level=MAX_LEVEL
+    )
+    assert not any(bool(x.any()) for x in found.values()), found
+
+
+def test_nothing_before_an_edit_is_computed_again():
+    chat = focus_chat(lens="none")
+    with chat.new_session() as session:
+        session.append(np.arange(60, dtype=np.uint32))
+        session.read()
+        before = session.memory.statistics()
+        session.append(np.arange(3, dtype=np.uint32))
+        session.read()
+        after = session.memory.statistics()
+        # the queries that tell where the model looks are always made anew
+        assert after["recomputed"]["append"] - before["recomputed"]["append"] <= 3 + session.memory._queries
+
+
+@pytest.mark.parametrize("arch", ["pocket", "latest"])
+def test_gist_attention_says_what_it_would_as_a_whole(arch):
+    chat = rows_chat(arch)
+    decoder = chat.model.decoder
+
+    whole = jax.jit(decoder.prefill)  # of the session's own levels
+    worst = 0.0
+    for seed in range(2):
+        with chat.new_session() as session:
+            for _ in random_history(session, np.random.default_rng(seed), 8):
+                ids_1T = np.zeros((1, LONGEST), np.int32)
+                n = len(session)
+                ids_1T[0, :n] = session.tree.tokens()
+                expected, _ = whole(chat.model.params, ids_1T, jnp.array([n]), decoder.init_cache(1, LONGEST))
+                worst = max(worst, float(jnp.abs(session.memory.logits_1V - expected).max()))
+    assert worst < 1e-4
+
+
+def test_short_conversations_are_those_of_the_plain_engine():
+    for chat in (focus_chat(lens="learned"), plain_chat(), rows_chat()):
+        prompt = [TOK.bos, *TOK.encode("abc def")]
+        with chat.new_session() as session:
+            session.append(prompt)
+            said = [e.token for e in session.answer(max_tokens=12, temperature=0.0)]
+            rows, _ = chat.engine.generate_batch([prompt], max_tokens=12, temperature=0.0)
+            assert said[: len(rows[0]) - len(prompt)] == rows[0][len(prompt) :]
+
+
+def test_a_plain_model_says_where_its_window_ends():
+    chat = plain_chat(window=32)
+    with chat.new_session() as session:
+        session.add_message("x" * 12)
+        events = list(session.answer(temperature=1.0, seed=3))
+        assert events[-1].stop in ("end", "window")
+        with pytest.raises(UserError, match="window holds 32"):
+            session.add_message("x" * 40)
+        assert len(session) <= 32
+
+
+def test_turns_are_closed():
+    chat = rows_chat()
+    with chat.new_session() as session:
+        session.add_document("A story.")
+        session.add_message("Who?")
+        ids = session.tree.tokens().tolist()
+        marks = [TOK.special(f"<|{n}|>") for n in ("bos", "user_start", "user_end", "assistant_start")]
+        assert [i for i in ids if i in marks] == marks
+        assert TOK.decode([i for i in ids if i not in marks]) == "A story.\nWho?"
+        list(session.answer(max_tokens=3, temperature=0.0))  # cut
+        said = len(session)
+        session.add_message("And?")
+        opening = session.tree.tokens(said, said + 2).tolist()
+        end = TOK.special("<|assistant_end|>")
+        assert opening == [end, marks[1]] or session.tree.tokens(said - 1, said)[0] == end
+
+
+@pytest.mark.parametrize(
+    "make", [partial(focus_chat, lens="learned"), rows_chat, plain_chat], ids=["focus", "rows", "plain"]
+)
+def test_a_session_on_disk_goes_on_where_it_was(make, tmp_path):
+    chat, rng = make(), np.random.default_rng(0)
+    texts = [rng.integers(0, 250, n, np.uint32) for n in (30, 9, 14)]
+    twin = chat.new_session()
+    for text in texts:
+        with chat.session(tmp_path / "talk") as session:
+            session.append(text)
+            twin.append(text)
+            options = {"max_tokens": 5, "temperature": 0.0}
+            said = [e.token for e in session.answer(**options)]
+            assert said == [e.token for e in twin.answer(**options)]
+            if text is texts[1]:
+                session.save()
+    with chat.session(tmp_path / "talk") as session:
+        np.testing.assert_array_equal(session.tree.tokens(), twin.tree.tokens())
+        session.read()
+    assert chat.model.decoder.vocab_size == VOCAB
+
+
+def test_a_session_of_another_model_is_refused(tmp_path):
+    rows_chat().new_session(tmp_path / "a").close()
+    with pytest.raises(UserError, match="gist attention, and this is tiny, step 1, plain"):
+        plain_chat().session(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "file").write_text("mine")
+    with pytest.raises(UserError, match="no session"):
+        plain_chat().session(tmp_path / "b")
+    assert (tmp_path / "b" / "file").read_text() == "mine"
+
+
+def test_a_damaged_snapshot_is_told_and_read_around(tmp_path):
+    chat = rows_chat()
+    with chat.new_session(tmp_path / "a") as session:
+        session.append(np.arange(70, dtype=np.uint32))
+        session.read()
+        expected = np.asarray(session.memory.logits_1V)
+    (tmp_path / "a" / "memory.npz").write_bytes(b"PK nonsense")
+    told = []
+    with chat.open_session(tmp_path / "a", told.append) as session:
+        session.read()
+        np.testing.assert_allclose(session.memory.logits_1V, expected, atol=1e-5)
+    assert any("read anew" in line for line in told)
