@@ -291,6 +291,14 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    histories: str = option(
+        "1000,10000,100000,1000000", "lengths of history, in tokens, separated by commas", free=True
+    )
+    bench_tokens: int = option(256, "tokens said and timed at each length", free=True)
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -312,6 +320,7 @@ class Config:
     mc: MegaContextConfig = MegaContextConfig()
     eval: EvalConfig = EvalConfig()
     chat: ChatConfig = ChatConfig()
+    bench: BenchConfig = BenchConfig()
 
     def to_dict(self) -> dict:
         return asdict(self)

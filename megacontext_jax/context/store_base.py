@@ -141,6 +141,14 @@ class TreeStore:
         """The highest level that has a node, 0 if there are only tokens."""
         return sum(len(rows) > 0 for rows in self._rows[1:])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries."""
+        sizes = [
+            np.dtype(d).itemsize * math.prod(shape) for d, shape in map(self.spec.row, range(len(self._rows)))
+        ]
+        return sum(len(rows) * size for rows, size in zip(self._rows, sizes, strict=True))
+
     def count(self, level: int) -> int:
         """Entries of a level; 0 for a level that the tree does not keep."""
         return len(self._rows[level]) if 0 <= level < len(self._rows) else 0

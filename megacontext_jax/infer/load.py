@@ -109,7 +109,11 @@ def decoding_model(params, objective: Objective | GistRows) -> Model:
 
 def load_chat(config: Config) -> ChatModel:
     """The model of `--source`, `--tag` and `--step`, ready to hold conversations on one device."""
-    model = load_model(config)
+    return as_chat(config, load_model(config))
+
+
+def as_chat(config: Config, model: LoadedModel) -> ChatModel:
+    """A loaded model, ready to hold conversations."""
     if model.context is not None:
         focus = focus_config(config, model)
         return ChatModel(
@@ -123,6 +127,25 @@ def load_chat(config: Config) -> ChatModel:
     if isinstance(objective, GistRows):
         objective = session_rows(objective)
     return ChatModel(model.tokenizer, str(model), decoding_model(model.params, objective))
+
+
+def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
+    """A model of random weights that holds conversations: with --mc, --attention gist or neither."""
+    cfg, _ = row_setup.pattern(config, model)
+    base = make_objective(cfg, attention_impl="auto", dtype=runtime.compute_dtype(config.run))
+    key = jax.random.key(config.run.seed)
+    if config.run.mc:
+        parts = context_setup.context_config(config.mc, cfg)
+        width = context_setup.final_width(config.mc, parts, cfg.sequence_len)
+        mixture = context_setup.mixture(config.mc, cfg.sequence_len)
+        context = context_setup.objective(config.mc, base, parts, mixture, width)
+        loaded = LoadedModel(base, jax.jit(context.init)(key), tokenizer, Path("random weights"), 0, context)
+    elif cfg.attention == "gist":
+        rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg, None))
+        loaded = LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
+    else:
+        loaded = LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
+    return as_chat(config, loaded)
 
 
 def focus_config(config: Config, model: LoadedModel) -> FocusConfig:

@@ -63,7 +63,7 @@ class Session:
     """One history and what the model remembers of it. Not for several threads at once."""
 
     def __init__(self, engine: Engine, memory: Memory, tree: TreeStore, folder: Path | None = None):
-        self._engine = engine
+        self.engine = engine
         self.memory = memory
         self.tree = tree
         self.folder = folder
@@ -155,7 +155,7 @@ class Session:
         """
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
-        draw = self._engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
+        draw = self.engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
         if not len(self.tree):
             raise UserError("There is nothing to answer yet; add a message first.")
         return self._answer(draw, max_tokens, tick)
@@ -163,14 +163,19 @@ class Session:
     def _answer(self, draw, max_tokens: int | None, tick: Tick) -> Iterator[Event]:
         self.read(tick)
         room = self.memory.capacity - self.memory.tokens
-        limit_1 = np.array([min(room, max_tokens or room)], np.int32)
-        state = new_state(self.memory.cache, self.memory.logits_1V, limit_1)
+        limit = min(room, max_tokens or room)
         try:
-            yield from self._engine.run(state, limit_1, draw, max_tokens, between=self)
+            yield from self.engine.run(
+                self.state(limit), np.array([limit], np.int32), draw, max_tokens, between=self
+            )
         finally:
             self._turns += 1
             if self.folder:
                 self._write_snapshot(small=True)
+
+    def state(self, limit: int) -> State:
+        """What the engine goes on from, for at most `limit` tokens; everything has been read."""
+        return new_state(self.memory.cache, self.memory.logits_1V, np.array([limit], np.int32))
 
     def room(self) -> int:
         return self.memory.room()
