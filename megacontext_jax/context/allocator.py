@@ -219,8 +219,16 @@ def _fit(focus: Focus, score_BW, cfg: AllocatorConfig, budget_B, limit_B1) -> tu
         age_BW = _take(jnp.where(marks_BW, 0, age_BW), of_BW)
         return Focus(after, age_BW), score_BW, made_B + marks_BW.sum(-1)
 
+    def too_many(carry):
+        passes, (focus, _, _) = carry
+        return (passes < cfg.max_level) & (focus.layout.count_B > budget_B).any()
+
+    def again(carry):
+        passes, state = carry
+        return passes + 1, squeeze(passes, state)
+
     carry = focus, score_BW.astype(jnp.float32), jnp.zeros_like(budget_B)
-    focus, _, made_B = jax.lax.fori_loop(0, cfg.max_level, squeeze, carry)
+    _, (focus, _, made_B) = jax.lax.while_loop(too_many, again, (jnp.int32(0), carry))
     return focus, made_B
 
 

@@ -163,18 +163,20 @@ class TreeStore:
             raise IndexError(f"level {level} has no gists")
         return self._read(level, start, stop)
 
-    def append(self, tokens, *, sync: bool = False) -> None:
+    def append(self, tokens, *, sync: bool = False, gists: bool = True) -> None:
         """Add token ids (one, or [n] of any integer type) and the gists of every block that completes.
 
-        Calls `encode` once per level that gains nodes. With `sync`, see `sync`. Raises UserError for what is
-        no token id and, on disk, when the disk takes no more.
+        Calls `encode` once per level that gains nodes; without `gists` they are left to `complete`, or to the next
+        append. With `sync`, see `sync`. Raises UserError for what is no token id and, on disk, when the disk takes no
+        more.
         """
         ids_n = token_ids(tokens)
         self._check_usable()
         before = [len(rows) for rows in self._rows]
         try:
             self._rows[0].append(ids_n)
-            self._fill()
+            if gists:
+                self._fill()
             if sync:
                 self.sync()
         except BaseException:
@@ -183,6 +185,11 @@ class TreeStore:
                 rows.cut(count)
             self._unusable = ""
             raise
+
+    def complete(self) -> None:
+        """Encode the blocks that appends without `gists` have left."""
+        self._check_usable()
+        self._fill(limit=max(1, REBUILD_TOKENS // self.spec.block))
 
     def refresh(self, *, gistnet: str, encode: Encode, embed: Embed) -> None:
         """Rebuild all gists from the tokens with another GistNet. If it raises, the tree is as before."""

@@ -72,8 +72,6 @@ def card(chat: ChatModel) -> Card:
     weights = jax.tree.leaves(memory.model.params)
     cache = jax.tree.leaves(memory.cache)
     slots = max((x.shape[2] for x in cache if x.ndim == 4), default=0)
-    if chat.kind == "gist attention":
-        slots = sum(x.shape[2] for x in memory.cache.layers[0].k)
     size = sum(x.nbytes for x in (*weights, *cache))
     return Card(
         sum(x.size for x in weights),

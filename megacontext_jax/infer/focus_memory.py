@@ -105,13 +105,13 @@ def _refocus(
     looks_1QP,
     tf_1QP,
     tokens_1,
-    key,
+    call,
     *,
     cfg: FocusConfig,
     allocator: AllocatorConfig,
 ):
     """One iteration: (focus after it, statistics, scores before it)."""
-    layout = piece.layout
+    layout, key = piece.layout, jax.random.key(call)
     mass_1P = looks_1QP.sum(1)
     match cfg.lens:
         case "learned":
@@ -183,6 +183,7 @@ class FocusMemory:
     def catch_up(self, tree: TreeStore, tick: Tick) -> None:
         if not is_alive((self.cache, self.logits_1V)):
             self._new_cache()
+        tree.complete()
         new = len(tree) - self.tokens
         if new > self.cfg.budget:
             self._lay_out_anew(len(tree))
@@ -208,6 +209,7 @@ class FocusMemory:
         self.recomputed["append"] += count
         if self._since >= self.cfg.interval:
             self._since = 0
+            tree.complete()
             for _ in range(self.cfg.iterations):
                 if not self._iterate(tree, self.cfg.allocator):
                     break
@@ -374,7 +376,7 @@ class FocusMemory:
                 self.cache.looks_BQS,
                 tf_1QP,
                 np.array([self.tokens], np.int32),
-                jax.random.key(self._calls),
+                np.uint32(self._calls),
                 cfg=self.cfg,
                 allocator=allocator,
             )

@@ -92,7 +92,7 @@ class Session:
         """Acknowledges tokens; the model reads them when it next speaks. UserError if there is no room for them."""
         check_fits(self.memory, len(self.tree), len(ids))
         for start in range(0, len(ids), APPEND):
-            self.tree.append(ids[start : start + APPEND])
+            self.tree.append(ids[start : start + APPEND], gists=False)
 
     def add_document(self, text: str) -> int:
         """Puts a text at the beginning of the next message; its tokens."""
@@ -182,7 +182,7 @@ class Session:
 
     def settle(self, state: State, token_NB: np.ndarray) -> State:
         said = token_NB[:, 0][token_NB[:, 0] != NO_TOKEN]
-        self.tree.append(said)
+        self.tree.append(said, gists=False)  # the memory completes them when it looks
         self.memory.took(state.cache, state.logits_BV, len(said), self.tree)
         return state._replace(cache=self.memory.cache, logits_BV=self.memory.logits_1V)
 
