@@ -13,7 +13,7 @@ size make the same nodes, bit for bit if `encode` computes a block alike in ever
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from megacontext_jax.errors import UserError
 
 DTYPES = {"uint32": 0, "float16": 1, "bfloat16": 2, "float32": 3}  # the codes of the file format
 REBUILD_TOKENS = 1 << 16  # how many tokens a rebuild embeds and encodes at a time
+COMPLETE_TOKENS = 1 << 12  # the same for gists that were put off
 _U16 = (1 << 16) - 1
 _U32 = (1 << 32) - 1
 
@@ -186,10 +187,10 @@ class TreeStore:
             self._unusable = ""
             raise
 
-    def complete(self) -> None:
-        """Encode the blocks that appends without `gists` have left."""
+    def complete(self) -> Iterator[None]:
+        """Encode the blocks that appends without `gists` have left, in pieces that take a moment each."""
         self._check_usable()
-        self._fill(limit=max(1, REBUILD_TOKENS // self.spec.block))
+        return self._filling(max(1, COMPLETE_TOKENS // self.spec.block))
 
     def refresh(self, *, gistnet: str, encode: Encode, embed: Embed) -> None:
         """Rebuild all gists from the tokens with another GistNet. If it raises, the tree is as before."""
@@ -217,6 +218,10 @@ class TreeStore:
 
     def _fill(self, limit: int | None = None) -> None:
         """Encode every block that is complete and has no node, at most `limit` blocks per call of `encode`."""
+        for _ in self._filling(limit):
+            pass
+
+    def _filling(self, limit: int | None) -> Iterator[None]:
         K = self.spec.block
         for level in range(1, len(self._rows)):
             below, rows = self._rows[level - 1], self._rows[level]
@@ -224,6 +229,7 @@ class TreeStore:
                 blocks = missing if limit is None else min(missing, limit)
                 first = len(rows) * K
                 rows.append(self._gists_of(level, below.load(first, first + blocks * K)))
+                yield
 
     def _gists_of(self, level: int, children):
         """Gists [N, D] of the nodes of `level` over `children` ([N K] ids or [N K, D] gists)."""

@@ -6,6 +6,7 @@ here grows with the history but the tree.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.context.positions import centres, gaussian_rope, spreads
 from megacontext_jax.context.store import TreeStore
 from megacontext_jax.context.store_base import RamRows
-from megacontext_jax.infer.memory import LONGEST, Tick, is_alive, padded_to
+from megacontext_jax.infer.memory import LONGEST, is_alive, padded_to
 from megacontext_jax.infer.model import GPTDecoder, Model, Region
 from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.gpt import Entries
@@ -140,6 +141,16 @@ def _fit(level_1P, node_1P, count_1, age_1P, tokens_1, *, cfg: FocusConfig) -> F
     return refocus(Focus(layout, age_1P), scores_1P, cfg.allocator, budget=cfg.budget, tokens=tokens_1)[0]
 
 
+@partial(jax.jit, static_argnames="cfg")
+def _let_go(params, piece: Piece, age_1P, tokens_1, *, cfg: FocusConfig) -> Focus:
+    """The context within its budget, by LensNet's scores of what the entries hold."""
+    x_1PC = _rows(params["train"], piece, cfg.decoder.dtype)
+    scores_1P = cfg.objective.entry_scores(params["train"], x_1PC, piece.layout, None)
+    # it has read no question: nothing opens
+    allocator = replace(cfg.allocator, max_replacements=0)
+    return refocus(Focus(piece.layout, age_1P), scores_1P, allocator, budget=cfg.budget, tokens=tokens_1)[0]
+
+
 def _by_recency(layout: Layout, tokens_1, block: int):
     """Below 0 and higher for the newer."""
     return jnp.where(layout.valid_BW, starts(layout, block) / tokens_1[:, None] - 1.0, 0.0)
@@ -180,23 +191,28 @@ class FocusMemory:
 
     # --- what a session calls ---
 
-    def catch_up(self, tree: TreeStore, tick: Tick) -> None:
+    def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
             self._new_cache()
-        tree.complete()
-        new = len(tree) - self.tokens
-        if new > self.cfg.budget:
+        for _ in tree.complete():
+            yield self.tokens
+        if len(tree) - self.tokens <= self.cfg.places - len(self._level):
+            self._add_entries(len(tree) - self.tokens)
+        elif self.cfg.lens == "learned":
+            yield from self._read_with_lens(tree)
+        elif len(tree) - self.tokens > self.cfg.budget:
             self._lay_out_anew(len(tree))
         else:
             self._append_raw(len(tree))
         self._since = 0
         self._bring_up(tree, "append")
-        tick(self.tokens)
+        yield self.tokens
         # a gist may open level by level
         resting = replace(self.cfg.allocator, cooldown=0, max_replacements=self.cfg.rebuild_edits)
         for _ in range(self.cfg.rebuild_iterations):
             if not self._iterate(tree, resting):
                 break
+            yield self.tokens
 
     def room(self) -> int:
         return max(1, min(self.cfg.interval - self._since, self.cfg.places - len(self._level)))
@@ -209,7 +225,8 @@ class FocusMemory:
         self.recomputed["append"] += count
         if self._since >= self.cfg.interval:
             self._since = 0
-            tree.complete()
+            for _ in tree.complete():
+                pass
             for _ in range(self.cfg.iterations):
                 if not self._iterate(tree, self.cfg.allocator):
                     break
@@ -267,6 +284,17 @@ class FocusMemory:
         self._node = np.concatenate([self._node, node])
         self._age = np.concatenate([self._age, np.full(count, self.cfg.allocator.cooldown, np.int32)])
         self.tokens += count
+
+    def _read_with_lens(self, tree: TreeStore) -> Iterator[int]:
+        """Takes a long text in piece by piece, and LensNet says at each what to let go of: the model does not look."""
+        while self.tokens < len(tree):
+            self._add_entries(min(len(tree) - self.tokens, self.cfg.places - len(self._level)))
+            if self.tokens < len(tree):
+                piece = self._piece(tree, 0, len(self._level), self.cfg.places)
+                tokens_1 = np.array([self.tokens], np.int32)
+                focus = _let_go(self._params, piece, self._full(self._age)[0], tokens_1, cfg=self.cfg)
+                self._keep(jax.device_get(focus))
+                yield self.tokens
 
     def _append_raw(self, tokens: int) -> None:
         """Appends tokens up to `tokens`; where the places end, the oldest entries collapse."""
