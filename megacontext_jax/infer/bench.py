@@ -1,5 +1,6 @@
 """How fast a model speaks over histories of growing length, and what it holds: sessions under the clock."""
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -129,6 +130,7 @@ def measure(chat: ChatModel, history: int, tokens: int, tick: Callable[[int], No
         for _ in engine.run(session.state(tokens), np.array([tokens], np.int32), draw, tokens, times):
             pass
         settling = np.array(times.settling[1:])
+        gc.collect()  # nothing of earlier lengths is counted
         busy = settling > 4 * np.median(settling)  # a refocus changed something
         return {
             "kind": chat.kind,
