@@ -205,32 +205,31 @@ def _draw(value_BQ, open_BQ, noise_BQ, draws: int, temperature: float):
 def _fit(focus: Focus, score_BW, cfg: AllocatorConfig, budget_B, limit_B1) -> tuple[Focus, jax.Array]:
     """Collapses the lowest groups of the rows over their budget; the second value counts them [B].
 
-    A pass collapses as many of the groups that there are as it takes. If they were not enough, their parents may
-    form groups of the next level for the next pass, scored by what they cover: `max_level` passes leave none.
+    A pass makes the lowest quarter of the collapses that are still needed: their parents may then form groups of the
+    next level, scored by what they cover, before anything higher must give way. It ends when all rows fit or nothing is
+    left to collapse.
     """
     K = cfg.block
 
-    def squeeze(_, carry):
-        (layout, age_BW), score_BW, made_B = carry
+    def over(layout):
+        return jnp.maximum(layout.count_B - budget_B, 0)
+
+    def squeeze(carry):
+        (layout, age_BW), score_BW, made_B, _ = carry
         mean_BW = _window_sum(score_BW, K) / K
-        over_B = jnp.maximum(layout.count_B - budget_B, 0)
-        groups_BW = _groups(layout, cfg, limit_B1)
-        marks_BW = _lowest(mean_BW + _cost(layout, cfg), groups_BW, -(-over_B // (K - 1)))
+        needed_B = -(-over(layout) // (K - 1))
+        marks_BW = _lowest(mean_BW + _cost(layout, cfg), _groups(layout, cfg, limit_B1), -(-needed_B // 4))
         after, of_BW, _ = _rearrange(layout, jnp.zeros_like(marks_BW), marks_BW, K)
         score_BW = _take(jnp.where(marks_BW, mean_BW, score_BW), of_BW)
         age_BW = _take(jnp.where(marks_BW, 0, age_BW), of_BW)
-        return Focus(after, age_BW), score_BW, made_B + marks_BW.sum(-1)
+        return Focus(after, age_BW), score_BW, made_B + marks_BW.sum(-1), marks_BW.any()
 
-    def too_many(carry):
-        passes, (focus, _, _) = carry
-        return (passes < cfg.max_level) & (focus.layout.count_B > budget_B).any()
+    def goes_on(carry):
+        (layout, _), _, _, moved = carry
+        return moved & (over(layout) > 0).any()
 
-    def again(carry):
-        passes, state = carry
-        return passes + 1, squeeze(passes, state)
-
-    carry = focus, score_BW.astype(jnp.float32), jnp.zeros_like(budget_B)
-    _, (focus, _, made_B) = jax.lax.while_loop(too_many, again, (jnp.int32(0), carry))
+    carry = focus, score_BW.astype(jnp.float32), jnp.zeros_like(budget_B), jnp.array(True)
+    focus, _, made_B, _ = jax.lax.while_loop(goes_on, squeeze, carry)
     return focus, made_B
 
 

@@ -186,7 +186,8 @@ def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: in
         while len(aged) > budget:
             groups = plain_groups(aged, cfg, tokens)
             groups.sort(key=lambda i: sum(scores[i : i + K]) / K + cfg.edit_cost * (1 - i / len(aged)))
-            down = groups[: -(-(len(aged) - budget) // (K - 1))]
+            needed = -(-(len(aged) - budget) // (K - 1))
+            down = groups[: -(-needed // 4)]
             if not down:
                 break
             starts = set(down)
