@@ -276,6 +276,10 @@ class EvalConfig:
     split_tokens: int = option(200_000, "tokens per split for bits per byte", free=True)
     context_rows: int = option(1024, "rows that judge working contexts, with --mc", free=True)
     suite_steps: int = option(2000, "training steps of each tiny model of the long-context suite", free=True)
+    history_tokens: str = option(
+        "1000,5000,20000,50000,200000", "lengths of the histories in which a fact is looked for", free=True
+    )
+    history_count: int = option(8, "histories per length and place of the fact", free=True)
 
 
 @dataclass(frozen=True)
@@ -328,6 +332,17 @@ class Config:
 
 STAGES = ("base", "mid", "sft")
 SOURCE_STAGES = {"mid": ("base",), "sft": ("mid", "base")}  # what a stage starts from, the first that exists
+
+
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """Numbers from 1 on that are separated by commas. UserError names the flag."""
+    try:
+        found = [int(word.replace("_", "")) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text} must be whole numbers separated by commas.") from None
+    if min(found) < 1:
+        raise UserError(f"{flag} {text}: every number must be at least 1.")
+    return found
 
 
 def fixed_options(section) -> dict:

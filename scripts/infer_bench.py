@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main
-from megacontext_jax.config import Config
+from megacontext_jax.config import Config, whole_numbers
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.bench import MESSAGE, Words, card, measure, plain_twin
 from megacontext_jax.infer.chat_model import ChatModel
@@ -29,7 +29,7 @@ from megacontext_jax.train.plan import model_of
 
 def main(argv: list[str]) -> None:
     config = parse(argv, doc=__doc__, show=("bench", "eval", "run", "mc"))
-    lengths = histories(config.bench.histories)
+    lengths = whole_numbers(config.bench.histories, "--histories")
     if config.bench.bench_tokens < 64:
         raise UserError(f"--bench-tokens {config.bench.bench_tokens} must be at least 64, two refocuses.")
     runtime.start(config.run)
@@ -78,16 +78,6 @@ def plain_plan(chat: ChatModel, tokens: int) -> tuple[int, int]:
     window = chat.model.decoder.window
     tokens = min(tokens, window // 2)
     return tokens, max(1, window - tokens - 3 * (MESSAGE + 1) - 1)
-
-
-def histories(text: str) -> list[int]:
-    try:
-        found = [int(word.replace("_", "")) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--histories {text} must be whole numbers separated by commas.") from None
-    if min(found) < 1:
-        raise UserError(f"--histories {text}: a history has at least 1 token.")
-    return found
 
 
 def random_chats(config: Config) -> list[ChatModel]:

@@ -127,8 +127,16 @@ def at_training(task: Task) -> Task:
     return replace(task, tokens=task.train_tokens, levels=min(task.levels, 2))
 
 
-def fit(objectives: list, task: Task, size: Size, seed: int, progress: Say):
-    """(parameters, seconds) after `size.steps` steps on fresh batches, the objectives taking turns."""
+def fit(
+    objectives: list,
+    task: Task,
+    size: Size,
+    seed: int,
+    progress: Say,
+    turn: Callable[[int], int] | None = None,
+):
+    """(parameters, seconds) after `size.steps` steps on fresh batches; step i has objective `turn(i)`, else they alternate."""
+    turn = turn or (lambda step: step % len(objectives))
     started = time.monotonic()
     schedule = schedules(OPTIONS, RECIPES["muon"], size.steps, first_stage=True)
     optimizer = make_optimizer(OPTIONS, objectives[0].cfg, schedule, context=True)
@@ -140,7 +148,7 @@ def fit(objectives: list, task: Task, size: Size, seed: int, progress: Say):
     for step in range(size.steps):
         batch = task.make(rng, size.rows, task.tokens, False)
         rows = {name: batch[name][None] for name in ("inputs", "targets")}
-        state, metrics = steps[step % len(steps)](state, rows)
+        state, metrics = steps[turn(step)](state, rows)
         progress(step + 1, metrics["loss"])
     jax.block_until_ready(state)
     return state.params, time.monotonic() - started
