@@ -306,6 +306,13 @@ class Engine:
         self, state: State, limit_B, draw: Draw, max_tokens: int | None, between: Between | None = None
     ) -> Iterator[Event]:
         """Streams what rows say that have been read, at most `limit_B` tokens each; consumes `state`."""
+        for events in self.stretches(state, limit_B, draw, max_tokens, between):
+            yield from events
+
+    def stretches(
+        self, state: State, limit_B, draw: Draw, max_tokens: int | None, between: Between | None = None
+    ) -> Iterator[list[Event]]:
+        """`run`, with all that was said between two looks of the host at once."""
         advance = partial(_advance, decoder=self.model.decoder, candidates=draw.candidates)
         keys_B = sampler.row_keys(draw.seed, len(limit_B))
         tools = [ToolCalls(self.tokenizer) for _ in limit_B]
@@ -332,7 +339,7 @@ class Engine:
             state = self._answer(state, answers, last_B=token_NB[n - 1])
             if between is not None:
                 state = between.settle(state, token_NB[:n])
-            yield from events
+            yield events
 
     def _answer(self, state: State, answers: dict[int, list[int]], last_B) -> State:
         """Lets the loop go on after a tool call, with the answers queued."""

@@ -6,6 +6,7 @@ here grows with the history but the tree.
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.context.positions import centres, gaussian_rope, spreads
 from megacontext_jax.context.store import TreeStore
 from megacontext_jax.context.store_base import RamRows
-from megacontext_jax.infer.memory import LONGEST, Tick, is_alive, padded_to
+from megacontext_jax.infer.memory import LONGEST, is_alive, padded_to
 from megacontext_jax.infer.model import GPTDecoder, Model, Region
 from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.gpt import Entries
@@ -180,7 +181,7 @@ class FocusMemory:
 
     # --- what a session calls ---
 
-    def catch_up(self, tree: TreeStore, tick: Tick) -> None:
+    def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
             self._new_cache()
         new = len(tree) - self.tokens
@@ -190,12 +191,13 @@ class FocusMemory:
             self._append_raw(len(tree))
         self._since = 0
         self._bring_up(tree, "append")
-        tick(self.tokens)
+        yield self.tokens
         # a gist may open level by level
         resting = replace(self.cfg.allocator, cooldown=0, max_replacements=self.cfg.rebuild_edits)
         for _ in range(self.cfg.rebuild_iterations):
             if not self._iterate(tree, resting):
                 break
+            yield self.tokens
 
     def room(self) -> int:
         return max(1, min(self.cfg.interval - self._since, self.cfg.places - len(self._level)))

@@ -5,7 +5,7 @@ has what memories share and the one that reads every token through the model: a 
 rings of gist attention over a history of any length. `focus_memory` has the flat working context.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -36,8 +36,11 @@ class Memory(Protocol):
     def reset(self) -> None:
         """Forgets everything; the tree can be read again."""
 
-    def catch_up(self, tree: TreeStore, tick: Tick) -> None:
-        """Reads what the tree has more than has been read, and refocuses."""
+    def catch_up(self, tree: TreeStore) -> Iterator[int]:
+        """Reads what the tree has more than has been read, and refocuses, in pieces that take a moment each.
+
+        Yields the tokens read so far. May be left between two pieces and begun anew; it is done when it ends.
+        """
 
     def room(self) -> int:
         """Tokens that decoding may append to the cache before `took` must be told."""
@@ -88,7 +91,7 @@ class TokenMemory:
         self.logits_1V = jnp.zeros((1, self.model.decoder.vocab_size), jnp.float32)
         self.tokens = 0
 
-    def catch_up(self, tree: TreeStore, tick: Tick) -> None:
+    def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
             self.reset()
         while self.tokens < len(tree):
@@ -101,7 +104,7 @@ class TokenMemory:
                 self.model.params, ids_1T, count_1, self.cache, decoder=self.model.decoder
             )
             self.tokens += len(ids_n)
-            tick(self.tokens)
+            yield self.tokens
 
     def room(self) -> int:
         return max(1, self.capacity - self.tokens)

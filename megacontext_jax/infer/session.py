@@ -12,6 +12,7 @@ process if the session has a folder. What the model remembers of it is a `Memory
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,16 +107,17 @@ class Session:
 
     def read(self, tick: Tick = lambda tokens: None) -> None:
         """Lets the model read what it has not; `tick` is told how far it is. May be interrupted and called again."""
-        last = self._saved
-
-        def told(tokens: int) -> None:
-            nonlocal last
+        for tokens in self.reading():
             tick(tokens)
+
+    def reading(self) -> Iterator[int]:
+        """`read` in pieces that take a moment each, with the tokens read so far; may be left between two of them."""
+        last = self._saved
+        for tokens in self.memory.catch_up(self.tree):
+            yield tokens
             if self.folder and tokens - last >= SNAPSHOT_EVERY:
                 self._write_snapshot()
                 last = tokens
-
-        self.memory.catch_up(self.tree, told)
 
     def _opening(self) -> list[int]:
         """What must stand before more text of the user."""
@@ -153,6 +155,32 @@ class Session:
 
         Every token is in the history before it is yielded. Raises UserError for settings out of range at once.
         """
+        stretches = self.stretches(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            tokens_per_sync=tokens_per_sync,
+            tick=tick,
+        )
+        return _one_by_one(stretches)
+
+    def stretches(
+        self,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 42,
+        tokens_per_sync: int = 8,
+        tick: Tick = lambda tokens: None,
+    ) -> Iterator[list[Event]]:
+        """`answer` in steps that take the device for a moment each, so that many sessions can share it.
+
+        A step says up to `tokens_per_sync` tokens, or reads and says none. Closing the iterator ends the answer.
+        """
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
         draw = self._engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
@@ -160,13 +188,15 @@ class Session:
             raise UserError("There is nothing to answer yet; add a message first.")
         return self._answer(draw, max_tokens, tick)
 
-    def _answer(self, draw, max_tokens: int | None, tick: Tick) -> Iterator[Event]:
-        self.read(tick)
+    def _answer(self, draw, max_tokens: int | None, tick: Tick) -> Iterator[list[Event]]:
+        for tokens in self.reading():
+            tick(tokens)
+            yield []
         room = self.memory.capacity - self.memory.tokens
         limit_1 = np.array([min(room, max_tokens or room)], np.int32)
         state = new_state(self.memory.cache, self.memory.logits_1V, limit_1)
         try:
-            yield from self._engine.run(state, limit_1, draw, max_tokens, between=self)
+            yield from self._engine.stretches(state, limit_1, draw, max_tokens, between=self)
         finally:
             self._turns += 1
             if self.folder:
@@ -225,3 +255,9 @@ class Session:
         if self.folder and self._saved < self.memory.tokens:
             self._write_snapshot()
         self.tree.close()
+
+
+def _one_by_one(stretches: Iterator[list[Event]]) -> Iterator[Event]:
+    with closing(stretches):
+        for events in stretches:
+            yield from events
