@@ -59,7 +59,7 @@ def say(book: Book, name: str, text: str, ask: Ask) -> Steps:
                     first = time.monotonic()
                 said, stop = said + len(events), events[-1].stop
                 text = "".join(stream.push(e.token) for e in events if e.stop != "end")
-                yield [*([{"token": text}] if text else []), *watch.due()]
+                yield [*([{"token": text, "said": said}] if text else []), *watch.due()]
         rest, now = stream.flush(), time.monotonic()
         done = {
             "done": True,
@@ -71,7 +71,7 @@ def say(book: Book, name: str, text: str, ask: Ask) -> Steps:
             "seconds": round(now - begun, 4),
             "ms_per_token": round(1000 * (now - read) / max(1, said), 2),
         }
-        yield [*([{"token": rest}] if rest else []), {"strip": strip(talk)}, done]
+        yield [*([{"token": rest, "said": said}] if rest else []), {"strip": strip(talk)}, done]
 
 
 def complete(chat: ChatModel, ids: Sequence[int], ask: Ask) -> Steps:
