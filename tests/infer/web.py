@@ -120,6 +120,16 @@ def new(client: httpx.Client) -> str:
     return client.post("/sessions").json()["name"]
 
 
+def refusal(response: httpx.Response, status: int) -> str:
+    """The sentence of an error, which must be one."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    sentence = body["error"]["message"] if "error" in body else body["detail"]
+    assert sentence.endswith(".")
+    assert "Traceback" not in sentence
+    return sentence
+
+
 LONG_ANSWER = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 4096}
 """An answer larger than all buffers between the server and a client that reads nothing."""
 
