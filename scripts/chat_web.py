@@ -34,6 +34,8 @@ def main(argv: list[str]) -> int | None:
     server = Server(load_chat(config), config.web, config.chat)
     where = f"kept in {config.web.sessions}" if config.web.sessions else "in memory until the server ends"
     print(f"{server.chat.name} ({server.chat.kind}) on {server.device}; conversations are {where}.")
+    if note := server.memory_note():
+        print(f"Note: {note}", file=sys.stderr)
     if config.web.host not in ("127.0.0.1", "::1", "localhost"):
         print("Note: everyone who reaches this machine can use the server.", file=sys.stderr)
     serve(server, lambda line: print(line, flush=True))

@@ -174,9 +174,12 @@ class Book:
     def close(self) -> None:
         """Saves and closes all conversations."""
         for talk in self._open.values():
-            if self._folder:
-                talk.session.save()
-            talk.session.close()
+            try:
+                if self._folder:
+                    talk.session.save()
+                talk.session.close()
+            except (UserError, OSError) as error:
+                log.error("The conversation %s could not be saved: %s", talk.name, error)
         self._open.clear()
 
     def _reopen(self, name: str) -> None:

@@ -16,7 +16,7 @@ def router(server: Server) -> APIRouter:
         running, _ = server.scheduler.counts
         ready = server.scheduler.ready
         return {
-            "status": "ok" if ready else "starting",
+            "status": "ok" if ready else "not ready",
             "ready": ready,
             "num_gpus": 1,
             "available_workers": int(ready and running < server.web.max_running),

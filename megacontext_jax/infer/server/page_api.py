@@ -15,7 +15,7 @@ from megacontext_jax.infer.server.state import Server
 from megacontext_jax.infer.server.streams import EventStream, collect
 
 LONGEST = 100_000  # characters of a message; longer texts are files
-UPLOADS = 4  # at the same time
+UPLOADS = 4  # at the same time; further ones wait
 
 
 def router(server: Server) -> APIRouter:
@@ -80,9 +80,8 @@ def router(server: Server) -> APIRouter:
         if len(title) > 200:
             raise Refused(400, f"title has {len(title):,} characters and may have 200; shorten it.")
         await call(book.get, name)  # before a long upload
-        if uploads.locked():
-            raise Refused(503, f"{UPLOADS} texts are coming in already; try again in a moment.")
-        async with uploads:
+        await uploads.acquire()  # so many texts are in memory, no more
+        try:
             remedy = "split the text, or start the server with a larger --upload-mb"
             body = await limits.read_body(request, server.web.upload_mb << 20, remedy)
             try:
@@ -93,7 +92,11 @@ def router(server: Server) -> APIRouter:
                 ) from None
             if not text.strip():
                 raise Refused(400, "The text is empty; send one with words in it.")
-            return EventStream(submit(lambda: work.ingest(book, name, title, text)), server.patience)
+            job = submit(lambda: work.ingest(book, name, title, text))
+        except BaseException:
+            uploads.release()
+            raise
+        return EventStream(job, server.patience, ended=uploads.release)
 
     return routes
 

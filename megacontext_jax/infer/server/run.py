@@ -26,18 +26,25 @@ def serve(server: Server, say: Callable[[str], None] = print) -> None:
         limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=END_SECONDS,
     )
-    _Uvicorn(config, server, lambda: say(f"Chat at {url(listener)} (Ctrl-C ends)")).run(sockets=[listener])
+    program = _Uvicorn(config, server, lambda: say(f"Chat at {url(listener)} (Ctrl-C ends)"))
+    program.run(sockets=[listener])
+    if server.scheduler.failure:
+        raise server.scheduler.failure
 
 
 class _Uvicorn(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, server: Server, ready: Callable[[], None]):
         super().__init__(config)
         self._server, self._ready = server, ready
+        server.scheduler.when_dead = self._end
 
     async def startup(self, sockets=None) -> None:
         await super().startup(sockets)
         if self.started:
             self._ready()
+
+    def _end(self) -> None:
+        self.should_exit = True
 
     def handle_exit(self, sig, frame) -> None:
         self._server.scheduler.stop()  # open streams end, and with them their connections

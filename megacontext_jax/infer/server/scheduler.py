@@ -141,7 +141,9 @@ class Scheduler:
         self._opening, self._closing = opening, closing
         self._stopping = False
         self._stepping = False  # a job has been taken out of the circle for its step
-        self.ready = False  # the opening is done
+        self.ready = False  # the opening is done, and the thread alive
+        self.failure: BaseException | None = None  # what the thread died of
+        self.when_dead: Callable[[], None] = lambda: None
         self._thread = threading.Thread(target=self._live, name="device", daemon=True)
 
     @property
@@ -159,7 +161,7 @@ class Scheduler:
         """A job that joins the circle, or waits for a place in it. Refused if too many wait."""
         with self._changed:
             self._check_open()
-            if len(self._waiting) >= self._max_waiting:
+            if len(self._running) + len(self._waiting) >= self._max_running + self._max_waiting:
                 raise Refused(
                     503, f"{len(self._waiting)} requests are waiting already; try again in a moment."
                 )
@@ -202,10 +204,12 @@ class Scheduler:
             self.ready = True
             while not self._stopping:
                 self._turn()
-        except BaseException:
-            log.exception("The thread of the device has died; start the server again.")
+        except BaseException as error:
+            self.failure = error
         finally:
+            self.ready = False
             self._put_away()
+            self.when_dead()
 
     def _turn(self) -> None:
         """At most one call and one step."""

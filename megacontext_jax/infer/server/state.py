@@ -52,6 +52,20 @@ class Server:
         device = jax.local_devices()[0]
         self.device = f"{device.platform}:{device.id} ({device.device_kind})"
 
+    def memory_note(self) -> str | None:
+        """A warning if as many conversations as are allowed might not fit on the device; None if its size is unknown."""
+        memory = self.chat.memory()
+        one = sum(x.nbytes for x in jax.tree.leaves((memory.cache, memory.logits_1V)))
+        count = self.web.max_sessions + self.web.max_running
+        found = jax.local_devices()[0].memory_stats() or {}
+        free = found.get("bytes_limit", 0) - found.get("bytes_in_use", 0)
+        if not found.get("bytes_limit") or one * count < 0.9 * free:
+            return None
+        return (
+            f"{count} conversations of {one / 1e6:,.0f} MB may not fit into the {free / 1e6:,.0f} MB that are free on the "
+            "device; lower --max-sessions and --max-running."
+        )
+
     def prompt_ids(self, turns: Sequence[tuple[str, str]]) -> list[int]:
         """Tokens of a conversation [(role, text)], up to where the assistant speaks."""
         tokenizer = self.chat.tokenizer

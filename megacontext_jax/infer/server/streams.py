@@ -31,7 +31,7 @@ def event(data: Any) -> bytes:
 class EventStream(Response):
     """Answers with what a job says. A job that fails before its first message is an ordinary error.
 
-    `encode` makes events of a message, `failed` one of an error on the way. A client that takes nothing in for
+    `encode` makes events of a message, `failed` one of an error on the way; `ended` is called last. A client that takes nothing in for
     `patience` seconds is let go, and a closed connection ends the job.
     """
 
@@ -41,11 +41,12 @@ class EventStream(Response):
         patience: float,
         encode: Callable[[Message], Iterable[Any]] = lambda message: [message],
         failed: Callable[[str], Any] = lambda sentence: {"error": sentence},
+        ended: Callable[[], None] = lambda: None,
     ):
         self.status_code = 200
         self.background = None
         self._job, self._patience = job, patience
-        self._encode, self._failed = encode, failed
+        self._encode, self._failed, self._ended = encode, failed, ended
 
     async def __call__(self, scope, receive, send) -> None:
         gone = asyncio.ensure_future(_closed(receive))
@@ -56,6 +57,7 @@ class EventStream(Response):
         finally:
             gone.cancel()
             self._job.cancel()
+            self._ended()
 
     async def _stream(self, messages: AsyncIterator[Message], gone: asyncio.Future, send) -> None:
         message = await _unless(gone, anext(messages, None))
