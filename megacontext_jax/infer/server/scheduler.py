@@ -161,7 +161,7 @@ class Scheduler:
         """A job that joins the circle, or waits for a place in it. Refused if too many wait."""
         with self._changed:
             self._check_open()
-            if len(self._running) + len(self._waiting) >= self._max_running + self._max_waiting:
+            if sum(self.counts) >= self._max_running + self._max_waiting:
                 raise Refused(
                     503, f"{len(self._waiting)} requests are waiting already; try again in a moment."
                 )

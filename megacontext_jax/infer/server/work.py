@@ -19,6 +19,7 @@ from megacontext_jax.infer.text import TextStream
 STRIP_SECONDS = 0.25  # between two strips of one stream
 PIECE = 1 << 16  # characters that are encoded in a step
 SCAN = 1 << 18  # tokens that are looked through in a step
+WARM_TOKENS = 40  # more than a working context waits before it is refocused
 MESSAGES = 200  # newest messages of a transcript
 SHOWN = 20_000  # tokens of a message that a transcript shows, half from its beginning and half from its end
 _CUT = re.compile(r"\n(?=\S)|(?<=[^\W\d_])(?= [^\W\d_])")
@@ -94,11 +95,15 @@ def complete(chat: ChatModel, ids: Sequence[int], ask: Ask) -> Steps:
 
 
 def warm_up(chat: ChatModel, ask: Ask) -> None:
-    """Compiles what answers with these settings need."""
-    with chat.new_session() as session:
-        session.add_message("Hi")
-        for _ in session.stretches(**asdict(ask) | {"max_tokens": 2}):
-            pass
+    """Compiles what answers with these settings need, after a short message and after a long text."""
+    budget = chat.focus.budget if chat.focus else 0
+    for tokens in (1, max(300, 2 * budget)):
+        with chat.new_session() as session:
+            text = " a" * min(tokens, session.memory.capacity // 4)
+            session.add_document(text)
+            session.add_message("Hi")
+            for _ in session.stretches(**asdict(ask) | {"max_tokens": WARM_TOKENS}):
+                pass
 
 
 # --- long texts ---
