@@ -129,6 +129,13 @@ def test_pages_of_other_sites_are_kept_out(client):
     refusal(client.post("/sessions", headers={"origin": "null"}), 403)
 
 
+def test_pages_of_sites_that_are_named_are_let_in():
+    with web.serving(allow_origins="http://friend.example") as (client, _):
+        answer = client.post("/sessions", headers={"origin": "http://friend.example"})
+        assert answer.headers["access-control-allow-origin"] == "http://friend.example"
+        refusal(client.post("/sessions", headers={"origin": "http://evil.example"}), 403)
+
+
 # --- OpenAI's API ---
 
 
