@@ -1,27 +1,34 @@
 """Gist attention one row at a time: what a sequence leaves behind is a ring of rows per level.
 
 A query sees a run of rows of every level, so only the newest ones must be kept: about the window of tokens, and
-`(mid_spans + 1) * block` rows of each middle level. The last level keeps all its rows. At small batches these
-products are bound by their launch, so plain XLA is the implementation. Sequences of a batch may differ in length.
+`(mid_spans + 1) * block` rows of each middle level. The last level keeps all its rows. The rings of all levels lie side
+by side in one array, so that a step is two products however many levels there are. At small batches these are bound
+by their launch, so plain XLA is the implementation. Sequences of a batch may differ in length.
 
-Shape suffixes: B batch, K key heads, S slots of a level, D head size.
+Shape suffixes: B batch, K key heads, S slots of all levels, D head size, R new rows of all levels, Q queries times the
+query heads of a key head.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.reference import NEG
 from kernels_pallas.spec import GistSpec
 
 
-class GistCache(NamedTuple):
-    """Keys and values of one layer, [B, K, S, D] per level; row j of a level is in slot j modulo S."""
+@partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("sizes",))
+@dataclass(frozen=True)
+class GistCache:
+    """Keys and values of one layer, [B, K, S, D]; row j of a level is in its slot j modulo the level's size."""
 
-    k: tuple[jax.Array, ...]
-    v: tuple[jax.Array, ...]
+    k: jax.Array
+    v: jax.Array
+    sizes: tuple[int, ...]  # slots per level
 
 
 def slots(spec: GistSpec, tokens: int) -> tuple[int, ...]:
@@ -40,38 +47,50 @@ def init_gist_cache(
     spec: GistSpec, batch: int, tokens: int, key_heads: int, head_dim: int, dtype=jnp.float32
 ) -> GistCache:
     """An empty cache of one layer for sequences of up to `tokens` tokens."""
-    shapes = [(batch, key_heads, n, head_dim) for n in slots(spec, tokens)]
-    return GistCache(*(tuple(jnp.zeros(shape, dtype) for shape in shapes) for _ in range(2)))
+    sizes = slots(spec, tokens)
+    k, v = (jnp.zeros((batch, key_heads, sum(sizes), head_dim), dtype) for _ in range(2))
+    return GistCache(k, v, sizes)
 
 
 def fill(cache: GistCache, k, v, length_B, spec: GistSpec) -> GistCache:
     """The cache after the first `length_B` tokens of sequences with rows k, v, [B, T_l, K, D] per level."""
+    ring = _Ring(spec, cache.sizes)
+    begin = np.cumsum([0, *(x.shape[1] for x in k)])[:-1]
+    row_BS = ring.rows(length_B)
+    place_BS = jnp.maximum(row_BS, 0) + begin[ring.level_S]
 
-    def newest(level: int, kept_BKSD, x_BSKD):
-        if x_BSKD.shape[1] == 0:
-            return kept_BKSD
-        row_BS = _rows_in_slots(length_B // spec.block**level, kept_BKSD.shape[2])
-        picked = jnp.take_along_axis(x_BSKD, jnp.maximum(row_BS, 0)[..., None, None], axis=1, mode="clip")
-        return picked.transpose(0, 2, 1, 3).astype(kept_BKSD.dtype)
+    def newest(old_BKSD, x):
+        x_BRKD = jnp.concatenate(x, axis=1)
+        picked = jnp.take_along_axis(x_BRKD, place_BS[..., None, None], axis=1, mode="clip")
+        picked = picked.transpose(0, 2, 1, 3).astype(old_BKSD.dtype)
+        return jnp.where((row_BS >= 0)[:, None, :, None], picked, old_BKSD)
 
-    levels = range(spec.levels + 1)
-    return GistCache(
-        *(
-            tuple(newest(m, kept[m], x[m]) for m in levels)
-            for kept, x in zip((cache.k, cache.v), (k, v), strict=True)
-        )
-    )
+    return GistCache(newest(cache.k, k), newest(cache.v, v), cache.sizes)
 
 
 def append(cache: GistCache, level: int, k_BKD, v_BKD, row_B, write_B=True) -> GistCache:
     """Row `row_B` of a level into the cache, in the sequences that `write_B` names."""
-    S = cache.k[level].shape[2]
-    slot_B = jnp.where(write_B, row_B % S, S)  # behind the last slot: dropped
+    size, S = cache.sizes[level], sum(cache.sizes)
+    slot_B = jnp.where(write_B, sum(cache.sizes[:level]) + row_B % size, S)  # behind the last slot: dropped
+    return GistCache(_write(cache.k, k_BKD, slot_B), _write(cache.v, v_BKD, slot_B), cache.sizes)
 
-    def put(rows, x_BKD):
-        return (*rows[:level], _write(rows[level], x_BKD, slot_B), *rows[level + 1 :])
 
-    return GistCache(put(cache.k, k_BKD), put(cache.v, v_BKD))
+def gist_decode(
+    q_BHD, cache: GistCache, position_B, *, spec: GistSpec, level: int = 0, scale=None
+) -> jax.Array:
+    """Attention [B, H, D] of one row per sequence whose span ends with token `position_B`, itself appended before.
+
+    Level 0 is a token. A row of level l asks after the rows of all lower levels that end with the same token have
+    been appended, and before those of higher levels are. The same numbers as `gist_attention` on whole sequences.
+    """
+    B, H, D = q_BHD.shape
+    K = cache.k.shape[1]
+    ring = _Ring(spec, cache.sizes)
+    # the rows that are there: those of higher levels that end here are not yet
+    row_BS = ring.rows(position_B[:, None] + (ring.level_S <= level))
+    seen_BS = ring.seen(row_BS, level, (position_B + 1) // spec.block**level - 1)
+    o_BKGD = _attend(q_BHD.reshape(B, K, H // K, D), cache.k, cache.v, seen_BS[:, None, None], scale)
+    return o_BKGD.reshape(B, H, D).astype(q_BHD.dtype)
 
 
 def gist_extend(
@@ -84,69 +103,36 @@ def gist_extend(
     their outputs are of no account. The same numbers as `gist_attention` on whole sequences.
     """
     B, _, H, D = q[0].shape
-    K = k[0].shape[2]
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
-    levels = range(spec.levels + 1)
-    span = [spec.block**m for m in levels]
-    first, stop = ([x_B // s for s in span] for x_B in (start_B, start_B + count_B))
-    index = [first[m][:, None] + jnp.arange(q[m].shape[1]) for m in levels]
-    # keys of a level: what the ring holds from before, then the new rows
-    row = [jnp.concatenate([_rows_in_slots(first[m], cache.k[m].shape[2]), index[m]], axis=1) for m in levels]
-    known = [
-        jnp.concatenate(
-            [row[m][:, : cache.k[m].shape[2]] >= 0, index[m] < stop[m][:, None]],
-            axis=1,
-        )
-        for m in levels
-    ]
-    seen_BQS = jnp.concatenate(
-        [
-            jnp.concatenate(
-                [
-                    known[m][:, None]
-                    & (row[m][:, None] >= begin[..., None])
-                    & (row[m][:, None] < end[..., None])
-                    for m, (begin, end) in enumerate(spec.key_ranges(level, index[level]))
-                ],
-                axis=2,
-            )
-            for level in levels
-        ],
-        axis=1,
+    K, S = cache.k.shape[1:3]
+    ring, new = _Ring(spec, cache.sizes), [x.shape[1] for x in q]
+    first = [start_B // spec.block**level for level in range(spec.levels + 1)]
+    index = [first_B[:, None] + jnp.arange(n) for first_B, n in zip(first, new, strict=True)]
+
+    # keys: what the ring holds from before, then the new rows
+    stop = [(start_B + count_B) // spec.block**level for level in range(spec.levels + 1)]
+    complete = [i < stop_B[:, None] for i, stop_B in zip(index, stop, strict=True)]
+    row_BX = jnp.concatenate(
+        [ring.rows(start_B), *(jnp.where(c, i, -1) for c, i in zip(complete, index, strict=True))], axis=1
     )
-    new_k, new_v = ([x.transpose(0, 2, 1, 3).astype(cache.k[0].dtype) for x in y] for y in (k, v))
-    k_BKSD, v_BKSD = (
-        jnp.concatenate([x for pair in zip(old, new, strict=True) for x in pair], axis=2)
-        for old, new in ((cache.k, new_k), (cache.v, new_v))
-    )
+    keys = _Ring(spec, cache.sizes, tuple(new))
+    seen_BRX = jnp.concatenate([keys.seen(row_BX, level, i) for level, i in enumerate(index)], axis=1)
+    k_BKRD, v_BKRD = (jnp.concatenate(x, axis=1).transpose(0, 2, 1, 3).astype(cache.k.dtype) for x in (k, v))
+    k_BKXD, v_BKXD = (jnp.concatenate(pair, axis=2) for pair in ((cache.k, k_BKRD), (cache.v, v_BKRD)))
     q_BRHD = jnp.concatenate(q, axis=1)
     R = q_BRHD.shape[1]
     q_BKQD = q_BRHD.reshape(B, R, K, -1, D).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, D)
-    s_BKQS = jnp.einsum("bkqd,bksd->bkqs", q_BKQD, k_BKSD, preferred_element_type=jnp.float32)
-    s_BKQS = jnp.where(jnp.tile(seen_BQS, (1, H // K, 1))[:, None], s_BKQS * scale, NEG)
-    p_BKQS = jax.nn.softmax(s_BKQS, axis=-1).astype(v_BKSD.dtype)
-    o_BKQD = jnp.einsum("bkqs,bksd->bkqd", p_BKQS, v_BKSD, preferred_element_type=jnp.float32)
+    o_BKQD = _attend(q_BKQD, k_BKXD, v_BKXD, jnp.tile(seen_BRX, (1, H // K, 1))[:, None], scale)
     o_BRHD = o_BKQD.reshape(B, K, -1, R, D).transpose(0, 3, 1, 2, 4).reshape(B, R, H, D).astype(q_BRHD.dtype)
-    out, begin = [], 0
-    for x in q:
-        out.append(o_BRHD[:, begin : begin + x.shape[1]])
-        begin += x.shape[1]
+    out = tuple(jnp.split(o_BRHD, np.cumsum(new)[:-1], axis=1))
 
-    def newest(m: int, old_BKSD, new_BKSD):
-        row_BS = _rows_in_slots(stop[m], old_BKSD.shape[2])
-        place_BS = row_BS - first[m][:, None]
-        picked = jnp.take_along_axis(
-            new_BKSD, jnp.maximum(place_BS, 0)[:, None, :, None], axis=2, mode="clip"
-        )
-        return jnp.where((place_BS >= 0)[:, None, :, None], picked, old_BKSD)
-
-    after = GistCache(
-        *(
-            tuple(newest(m, old[m], new[m]) for m in levels)
-            for old, new in ((cache.k, new_k), (cache.v, new_v))
-        )
-    )
-    return tuple(out), after
+    # the ring after: a slot keeps its row, or takes the newest one that falls to it
+    row_BS = ring.rows(start_B + count_B)
+    first_BS = jnp.stack(first, axis=1)[:, ring.level_S]
+    is_new_BS = row_BS >= first_BS
+    begin_S = np.cumsum([0, *new])[:-1][ring.level_S]
+    source_BS = jnp.where(is_new_BS, S + begin_S + row_BS - first_BS, jnp.arange(S))[:, None, :, None]
+    after = (jnp.take_along_axis(x, source_BS, axis=2, mode="clip") for x in (k_BKXD, v_BKXD))
+    return out, GistCache(*after, cache.sizes)
 
 
 def new_rows(spec: GistSpec, tokens: int) -> tuple[int, ...]:
@@ -154,38 +140,36 @@ def new_rows(spec: GistSpec, tokens: int) -> tuple[int, ...]:
     return tuple(-(-tokens // spec.block**level) for level in range(spec.levels + 1))
 
 
-def gist_decode(
-    q_BHD, cache: GistCache, position_B, *, spec: GistSpec, level: int = 0, scale=None
-) -> jax.Array:
-    """Attention [B, H, D] of one row per sequence whose span ends with token `position_B`, itself appended before.
+class _Ring:
+    """Which row every slot holds, and who sees it; static but for positions. `new` rows may stand behind the slots."""
 
-    Level 0 is a token. A row of level l asks after the rows of all lower levels that end with the same token have
-    been appended, and before those of higher levels are. The same numbers as `gist_attention` on whole sequences.
-    """
-    B, H, D = q_BHD.shape
-    K = cache.k[0].shape[1]
-    q_BKGD = q_BHD.reshape(B, K, H // K, D)
-    scale = 1.0 / math.sqrt(D) if scale is None else scale
-    ranges = spec.key_ranges(level, (position_B + 1) // spec.block**level - 1)
-    scores = []
-    for m, ((first_B, stop_B), k_BKSD) in enumerate(zip(ranges, cache.k, strict=True)):
-        rows_B = (position_B + (m <= level)) // spec.block**m
-        row_BS = _rows_in_slots(rows_B, k_BKSD.shape[2])
-        seen_BS = (row_BS >= first_B[:, None]) & (row_BS < stop_B[:, None])
-        s_BKGS = jnp.einsum("bkgd,bksd->bkgs", q_BKGD, k_BKSD, preferred_element_type=jnp.float32)
-        scores.append(jnp.where(seen_BS[:, None, None], s_BKGS * scale, NEG))
-    p_BKGS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
-    v_BKSD = jnp.concatenate(cache.v, axis=2)
-    o_BKGD = jnp.einsum(
-        "bkgs,bksd->bkgd", p_BKGS.astype(v_BKSD.dtype), v_BKSD, preferred_element_type=jnp.float32
-    )
-    return o_BKGD.reshape(B, H, D).astype(q_BHD.dtype)
+    def __init__(self, spec: GistSpec, sizes: tuple[int, ...], new: tuple[int, ...] = ()):
+        levels = np.arange(spec.levels + 1)
+        self.spec = spec
+        self.level_S = np.concatenate([np.repeat(levels, sizes), np.repeat(levels[: len(new)], new)])
+        self._size_S = np.repeat(sizes, sizes)
+        self._slot_S = np.concatenate([np.arange(n) for n in sizes])
+
+    def rows(self, tokens_B):
+        """[B, S]: the newest row that falls to each slot after `tokens_B` tokens ([B], or [B, S] per slot); below 0 where
+        there is none."""
+        tokens_BS = tokens_B[:, None] if tokens_B.ndim == 1 else tokens_B
+        newest_BS = tokens_BS // self.spec.block**self.level_S - 1
+        return newest_BS - (newest_BS - self._slot_S) % self._size_S
+
+    def seen(self, row_BS, level: int, index):
+        """[*index.shape, S]: whether row `index` of a level, [B] or [B, N], sees the rows held; negative ones nobody does."""
+        ranges = self.spec.key_ranges(level, index)
+        first, stop = (jnp.stack(x, axis=-1)[..., self.level_S] for x in zip(*ranges, strict=True))
+        row = row_BS if index.ndim == 1 else row_BS[:, None]
+        return (row >= jnp.maximum(first, 0)) & (row < stop)
 
 
-def _rows_in_slots(rows_B, S: int):
-    """[B, S]: the newest of the rows 0, ..., rows_B - 1 that each slot holds; below 0 where it holds none."""
-    newest_B1 = rows_B[:, None] - 1
-    return newest_B1 - (newest_B1 - jnp.arange(S)) % S
+def _attend(q_BKQD, k_BKSD, v_BKSD, seen, scale):
+    scale = 1.0 / math.sqrt(q_BKQD.shape[-1]) if scale is None else scale
+    s_BKQS = jnp.einsum("bkqd,bksd->bkqs", q_BKQD, k_BKSD, preferred_element_type=jnp.float32)
+    p_BKQS = jax.nn.softmax(jnp.where(seen, s_BKQS * scale, NEG), axis=-1).astype(v_BKSD.dtype)
+    return jnp.einsum("bkqs,bksd->bkqd", p_BKQS, v_BKSD, preferred_element_type=jnp.float32)
 
 
 def _write(rows_BKSD, x_BKD, slot_B):

@@ -323,6 +323,14 @@ class WebConfig:
 
 
 @dataclass(frozen=True)
+class BenchConfig:
+    histories: str = option(
+        "1000,10000,100000,1000000", "lengths of history, in tokens, separated by commas", free=True
+    )
+    bench_tokens: int = option(256, "tokens said and timed at each length", free=True)
+
+
+@dataclass(frozen=True)
 class Config:
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
@@ -345,6 +353,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     chat: ChatConfig = ChatConfig()
     web: WebConfig = WebConfig()
+    bench: BenchConfig = BenchConfig()
 
     def to_dict(self) -> dict:
         return asdict(self)

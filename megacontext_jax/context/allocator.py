@@ -148,7 +148,9 @@ def _select(focus: Focus, score_BW, cfg: AllocatorConfig, room_B, most_B, limit_
     """Marks (expand_BW, collapse_BW) of at most `most_B` edits that leave no more than `room_B` places fewer."""
     (layout, age_BW), K = focus, cfg.block
     B, W = score_BW.shape
-    most = min(cfg.max_replacements, W)
+    most, nothing_BW = min(cfg.max_replacements, W), jnp.zeros((B, W), bool)
+    if most == 0:
+        return nothing_BW, nothing_BW
     cost_BW = _cost(layout, cfg)
     rested_BW = layout.valid_BW & (age_BW > cfg.cooldown)  # ages count this iteration already
     gain_BW = score_BW - cost_BW
@@ -183,7 +185,7 @@ def _select(focus: Focus, score_BW, cfg: AllocatorConfig, room_B, most_B, limit_
 
     carry = (up_BQ > -jnp.inf, down_BQ > -jnp.inf, room_B, most_B)
     up_open_BQ, down_open_BQ, _, _ = jax.lax.fori_loop(0, most, edit, carry)
-    nothing_BW, row_B1 = jnp.zeros((B, W), bool), jnp.arange(B)[:, None]
+    row_B1 = jnp.arange(B)[:, None]
     return (
         nothing_BW.at[row_B1, up_at_BQ].set((up_BQ > -jnp.inf) & ~up_open_BQ),
         nothing_BW.at[row_B1, down_at_BQ].set((down_BQ > -jnp.inf) & ~down_open_BQ),
@@ -219,8 +221,16 @@ def _fit(focus: Focus, score_BW, cfg: AllocatorConfig, budget_B, limit_B1) -> tu
         age_BW = _take(jnp.where(marks_BW, 0, age_BW), of_BW)
         return Focus(after, age_BW), score_BW, made_B + marks_BW.sum(-1)
 
+    def too_many(carry):
+        passes, (focus, _, _) = carry
+        return (passes < cfg.max_level) & (focus.layout.count_B > budget_B).any()
+
+    def again(carry):
+        passes, state = carry
+        return passes + 1, squeeze(passes, state)
+
     carry = focus, score_BW.astype(jnp.float32), jnp.zeros_like(budget_B)
-    focus, _, made_B = jax.lax.fori_loop(0, cfg.max_level, squeeze, carry)
+    _, (focus, _, made_B) = jax.lax.while_loop(too_many, again, (jnp.int32(0), carry))
     return focus, made_B
 
 

@@ -132,6 +132,11 @@ def tapered_layout(
     return level.astype(np.int32), np.concatenate([nodes for _, nodes in found]).astype(np.int32)
 
 
+def enough_entries(*, block: int, levels: int, recent: int) -> int:
+    """Entries into which any history of up to block^(levels + 1) tokens fits, whatever its length leaves over."""
+    return recent + (block - 1) * levels + block
+
+
 # --- Layouts of a given width ----------------------------------------------------------------------------
 
 

@@ -58,22 +58,33 @@ def init_lensnet(cfg: LensConfig, key) -> dict:
     }
 
 
-def lens_scores(params: dict, cfg: LensConfig, x_BWC, layout: Layout, kind: str = "gaussian", mass_BW=None):
+def lens_scores(
+    params: dict,
+    cfg: LensConfig,
+    x_BWC,
+    layout: Layout,
+    kind: str = "gaussian",
+    mass_BW=None,
+    longest: int | None = None,
+):
     """float32 scores [B, W] of the entries `x_BWC` of a layout; 0 at invalid places.
 
-    `mass_BW` is the model's attention on every entry; the PyTorch fork's LensNet has none.
+    `mass_BW` is the model's attention on every entry; the PyTorch fork's LensNet has none. What is further away than
+    `longest`, the rows of training, or of a higher level than theirs, looks as if it were just as far and as high.
     """
     end_BW = last_tokens(layout, cfg.block)
     cursor_B1 = jnp.max(jnp.where(layout.valid_BW, end_BW, 0), axis=-1, keepdims=True)
-    distance_BW = jnp.log1p(jnp.maximum(cursor_B1 - end_BW, 0).astype(jnp.float32)) / 8
-    span_BW = jnp.log(spans(layout.level_BW, cfg.block).astype(jnp.float32)) / 8
+    distance_BW = jnp.clip(cursor_B1 - end_BW, 0, longest)
+    distance_BW = jnp.log1p(distance_BW.astype(jnp.float32)) / 8
+    known_BW = jnp.minimum(layout.level_BW, cfg.max_level)
+    span_BW = jnp.log(spans(known_BW, cfg.block).astype(jnp.float32)) / 8
     rope = entry_rope(cfg.gpt, layout, cfg.block, kind, x_BWC.dtype)
     looks_BW = 0.0
     if mass_BW is not None:
         gain_BW = params["looks"][jnp.minimum(layout.level_BW, 1)]
         looks_BW = gain_BW * standardised(mass_BW, layout)
     scores_BW = score_entries(
-        params, cfg, x_BWC, rope, layout.level_BW, span_BW, distance_BW, layout.valid_BW, looks_BW
+        params, cfg, x_BWC, rope, known_BW, span_BW, distance_BW, layout.valid_BW, looks_BW
     )
     return jnp.where(layout.valid_BW, scores_BW, 0.0)
 
@@ -87,9 +98,7 @@ def score_entries(
         W = valid_BW.shape[-1]
         visible = visible & (jnp.arange(W)[:, None] >= jnp.arange(W))
     h_BWC = run_blocks(params["h"], cfg.gpt, x_BWC, rope, partial(masked_attention, visible=visible))
-    # a history may have more levels than the rows of training had
-    known_BW = jnp.minimum(level_BW, params["level_embed"].shape[0] - 1)
-    features_BWC = params["level_embed"].astype(x_BWC.dtype)[known_BW]
+    features_BWC = params["level_embed"].astype(x_BWC.dtype)[level_BW]
     for name, value_BW in (("span", span_BW), ("distance", distance_BW)):
         hidden = jax.nn.silu(affine(params[name]["hidden"], value_BW[..., None].astype(x_BWC.dtype)))
         features_BWC += affine(params[name]["out"], hidden)

@@ -125,7 +125,10 @@ class ContextObjective:
         return self.entry_scores(params, jax.lax.stop_gradient(gather(tables, layout)), layout, mass_RW)
 
     def entry_scores(self, params, x_RWC, layout, mass_RW):
-        """LensNet's scores [R, W] of a layout whose entries hold the rows `x_RWC` of the level tables."""
+        """LensNet's scores [R, W] of a layout whose entries hold the rows `x_RWC` of the level tables.
+
+        Without `mass_RW` it judges by what they hold alone.
+        """
         ctx = self.context
         return lensnet.lens_scores(
             params["lensnet"],
@@ -134,6 +137,7 @@ class ContextObjective:
             layout,
             _lens_positions(ctx.positions),
             mass_RW,
+            longest=self.cfg.sequence_len,
         )
 
     def loss(self, params, batch, key):

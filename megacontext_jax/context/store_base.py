@@ -13,7 +13,7 @@ size make the same nodes, bit for bit if `encode` computes a block alike in ever
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from megacontext_jax.errors import UserError
 
 DTYPES = {"uint32": 0, "float16": 1, "bfloat16": 2, "float32": 3}  # the codes of the file format
 REBUILD_TOKENS = 1 << 16  # how many tokens a rebuild embeds and encodes at a time
+COMPLETE_TOKENS = 1 << 12  # the same for gists that were put off
 _U16 = (1 << 16) - 1
 _U32 = (1 << 32) - 1
 
@@ -141,6 +142,14 @@ class TreeStore:
         """The highest level that has a node, 0 if there are only tokens."""
         return sum(len(rows) > 0 for rows in self._rows[1:])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries."""
+        sizes = [
+            np.dtype(d).itemsize * math.prod(shape) for d, shape in map(self.spec.row, range(len(self._rows)))
+        ]
+        return sum(len(rows) * size for rows, size in zip(self._rows, sizes, strict=True))
+
     def count(self, level: int) -> int:
         """Entries of a level; 0 for a level that the tree does not keep."""
         return len(self._rows[level]) if 0 <= level < len(self._rows) else 0
@@ -155,18 +164,20 @@ class TreeStore:
             raise IndexError(f"level {level} has no gists")
         return self._read(level, start, stop)
 
-    def append(self, tokens, *, sync: bool = False) -> None:
+    def append(self, tokens, *, sync: bool = False, gists: bool = True) -> None:
         """Add token ids (one, or [n] of any integer type) and the gists of every block that completes.
 
-        Calls `encode` once per level that gains nodes. With `sync`, see `sync`. Raises UserError for what is
-        no token id and, on disk, when the disk takes no more.
+        Calls `encode` once per level that gains nodes; without `gists` they are left to `complete`, or to the next
+        append. With `sync`, see `sync`. Raises UserError for what is no token id and, on disk, when the disk takes no
+        more.
         """
         ids_n = token_ids(tokens)
         self._check_usable()
         before = [len(rows) for rows in self._rows]
         try:
             self._rows[0].append(ids_n)
-            self._fill()
+            if gists:
+                self._fill()
             if sync:
                 self.sync()
         except BaseException:
@@ -175,6 +186,11 @@ class TreeStore:
                 rows.cut(count)
             self._unusable = ""
             raise
+
+    def complete(self) -> Iterator[None]:
+        """Encode the blocks that appends without `gists` have left, in pieces that take a moment each."""
+        self._check_usable()
+        return self._filling(max(1, COMPLETE_TOKENS // self.spec.block))
 
     def refresh(self, *, gistnet: str, encode: Encode, embed: Embed) -> None:
         """Rebuild all gists from the tokens with another GistNet. If it raises, the tree is as before."""
@@ -202,6 +218,10 @@ class TreeStore:
 
     def _fill(self, limit: int | None = None) -> None:
         """Encode every block that is complete and has no node, at most `limit` blocks per call of `encode`."""
+        for _ in self._filling(limit):
+            pass
+
+    def _filling(self, limit: int | None) -> Iterator[None]:
         K = self.spec.block
         for level in range(1, len(self._rows)):
             below, rows = self._rows[level - 1], self._rows[level]
@@ -209,6 +229,7 @@ class TreeStore:
                 blocks = missing if limit is None else min(missing, limit)
                 first = len(rows) * K
                 rows.append(self._gists_of(level, below.load(first, first + blocks * K)))
+                yield
 
     def _gists_of(self, level: int, children):
         """Gists [N, D] of the nodes of `level` over `children` ([N K] ids or [N K, D] gists)."""

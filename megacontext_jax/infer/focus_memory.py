@@ -106,13 +106,13 @@ def _refocus(
     looks_1QP,
     tf_1QP,
     tokens_1,
-    key,
+    call,
     *,
     cfg: FocusConfig,
     allocator: AllocatorConfig,
 ):
     """One iteration: (focus after it, statistics, scores before it)."""
-    layout = piece.layout
+    layout, key = piece.layout, jax.random.key(call)
     mass_1P = looks_1QP.sum(1)
     match cfg.lens:
         case "learned":
@@ -139,6 +139,16 @@ def _fit(level_1P, node_1P, count_1, age_1P, tokens_1, *, cfg: FocusConfig) -> F
     layout = Layout(level_1P, node_1P, valid_1P)
     scores_1P = _by_recency(layout, tokens_1, cfg.block)
     return refocus(Focus(layout, age_1P), scores_1P, cfg.allocator, budget=cfg.budget, tokens=tokens_1)[0]
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _let_go(params, piece: Piece, age_1P, tokens_1, *, cfg: FocusConfig) -> Focus:
+    """The context within its budget, by LensNet's scores of what the entries hold."""
+    x_1PC = _rows(params["train"], piece, cfg.decoder.dtype)
+    scores_1P = cfg.objective.entry_scores(params["train"], x_1PC, piece.layout, None)
+    # it has read no question: nothing opens
+    allocator = replace(cfg.allocator, max_replacements=0)
+    return refocus(Focus(piece.layout, age_1P), scores_1P, allocator, budget=cfg.budget, tokens=tokens_1)[0]
 
 
 def _by_recency(layout: Layout, tokens_1, block: int):
@@ -184,8 +194,13 @@ class FocusMemory:
     def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
             self._new_cache()
-        new = len(tree) - self.tokens
-        if new > self.cfg.budget:
+        for _ in tree.complete():
+            yield self.tokens
+        if len(tree) - self.tokens <= self.cfg.places - len(self._level):
+            self._add_entries(len(tree) - self.tokens)
+        elif self.cfg.lens == "learned":
+            yield from self._read_with_lens(tree)
+        elif len(tree) - self.tokens > self.cfg.budget:
             self._lay_out_anew(len(tree))
         else:
             self._append_raw(len(tree))
@@ -210,6 +225,8 @@ class FocusMemory:
         self.recomputed["append"] += count
         if self._since >= self.cfg.interval:
             self._since = 0
+            for _ in tree.complete():
+                pass
             for _ in range(self.cfg.iterations):
                 if not self._iterate(tree, self.cfg.allocator):
                     break
@@ -267,6 +284,17 @@ class FocusMemory:
         self._node = np.concatenate([self._node, node])
         self._age = np.concatenate([self._age, np.full(count, self.cfg.allocator.cooldown, np.int32)])
         self.tokens += count
+
+    def _read_with_lens(self, tree: TreeStore) -> Iterator[int]:
+        """Takes a long text in piece by piece, and LensNet says at each what to let go of: the model does not look."""
+        while self.tokens < len(tree):
+            self._add_entries(min(len(tree) - self.tokens, self.cfg.places - len(self._level)))
+            if self.tokens < len(tree):
+                piece = self._piece(tree, 0, len(self._level), self.cfg.places)
+                tokens_1 = np.array([self.tokens], np.int32)
+                focus = _let_go(self._params, piece, self._full(self._age)[0], tokens_1, cfg=self.cfg)
+                self._keep(jax.device_get(focus))
+                yield self.tokens
 
     def _append_raw(self, tokens: int) -> None:
         """Appends tokens up to `tokens`; where the places end, the oldest entries collapse."""
@@ -376,7 +404,7 @@ class FocusMemory:
                 self.cache.looks_BQS,
                 tf_1QP,
                 np.array([self.tokens], np.int32),
-                jax.random.key(self._calls),
+                np.uint32(self._calls),
                 cfg=self.cfg,
                 allocator=allocator,
             )

@@ -199,16 +199,20 @@ class GistDecoder:
         x_B1C, kept_B1C, layers = self._row(params, x_B1C, cache.layers, position_B, 0, ids_B[:, None])
         logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
         blocks = (_put(cache.blocks[0], e_BC, position_B % r, True), *cache.blocks[1:])
-        for level in range(1, cfg.gist_levels + 1):
-            ends_B = (position_B + 1) % r**level == 0
-            layers, blocks = jax.lax.cond(
-                ends_B.any(),
-                partial(self._gist_row, params, position_B, ends_B, level),
-                lambda layers, blocks: (layers, blocks),
-                layers,
-                blocks,
-            )
+        layers, blocks = self._gist_rows(params, position_B, 1, layers, blocks)
         return logits_BV, RowCache(layers, blocks, position_B + 1)
+
+    def _gist_rows(self, params, position_B, level: int, layers, blocks):
+        """The gists of level `level` and above that are complete with this token; most tokens complete none."""
+        if level > self.cfg.gist_levels:
+            return layers, blocks
+        ends_B = (position_B + 1) % self.cfg.gist_block**level == 0
+
+        def complete(layers, blocks):
+            layers, blocks = self._gist_row(params, position_B, ends_B, level, layers, blocks)
+            return self._gist_rows(params, position_B, level + 1, layers, blocks)
+
+        return jax.lax.cond(ends_B.any(), complete, lambda layers, blocks: (layers, blocks), layers, blocks)
 
     def _gist_row(self, params, position_B, ends_B, level: int, layers, blocks):
         """The gist of the block that ends with this token, through all layers, where one ends."""

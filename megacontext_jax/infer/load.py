@@ -16,7 +16,7 @@ from megacontext_jax.config import Config
 from megacontext_jax.context import row_setup
 from megacontext_jax.context import setup as context_setup
 from megacontext_jax.context.gist_rows import GistRows
-from megacontext_jax.context.layout import tapered_layout
+from megacontext_jax.context.layout import enough_entries
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
@@ -25,7 +25,6 @@ from megacontext_jax.infer.context_model import ContextDecoder, context_model
 from megacontext_jax.infer.engine import Engine
 from megacontext_jax.infer.focus_memory import FocusConfig
 from megacontext_jax.infer.gist_model import gist_model
-from megacontext_jax.infer.memory import LONGEST
 from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model, prepare_params
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
@@ -109,7 +108,11 @@ def decoding_model(params, objective: Objective | GistRows) -> Model:
 
 def load_chat(config: Config) -> ChatModel:
     """The model of `--source`, `--tag` and `--step`, ready to hold conversations on one device."""
-    model = load_model(config)
+    return as_chat(config, load_model(config))
+
+
+def as_chat(config: Config, model: LoadedModel) -> ChatModel:
+    """A loaded model, ready to hold conversations."""
     if model.context is not None:
         focus = focus_config(config, model)
         return ChatModel(
@@ -123,6 +126,25 @@ def load_chat(config: Config) -> ChatModel:
     if isinstance(objective, GistRows):
         objective = session_rows(objective)
     return ChatModel(model.tokenizer, str(model), decoding_model(model.params, objective))
+
+
+def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
+    """A model of random weights that holds conversations: with --mc, --attention gist or neither."""
+    cfg, _ = row_setup.pattern(config, model)
+    base = make_objective(cfg, attention_impl="auto", dtype=runtime.compute_dtype(config.run))
+    key = jax.random.key(config.run.seed)
+    if config.run.mc:
+        parts = context_setup.context_config(config.mc, cfg)
+        width = context_setup.final_width(config.mc, parts, cfg.sequence_len)
+        mixture = context_setup.mixture(config.mc, cfg.sequence_len)
+        context = context_setup.objective(config.mc, base, parts, mixture, width)
+        loaded = LoadedModel(base, jax.jit(context.init)(key), tokenizer, Path("random weights"), 0, context)
+    elif cfg.attention == "gist":
+        rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg, None))
+        loaded = LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
+    else:
+        loaded = LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
+    return as_chat(config, loaded)
 
 
 def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
@@ -141,10 +163,16 @@ def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
         edit_cost=opts.mc_infer_edit_cost,
     )
     edits, rebuild = opts.mc_infer_rebuild_max_replacements, opts.mc_infer_rebuild_iterations
+    least = enough_entries(block=allocator.block, levels=allocator.max_level, recent=allocator.recent)
     budget = context_setup.budget(opts, context.context, T)
-    tapered_layout(
-        LONGEST, budget, block=allocator.block, max_level=allocator.max_level, recent=allocator.recent
-    )  # refuses what no history fits into
+    asked = max(opts.mc_eval_soft_max_length, opts.allocator_soft_max)
+    if 0 < asked < least:
+        raise UserError(
+            f"A budget of {asked} entries does not hold a conversation of any length: with blocks of {allocator.block} and "
+            f"{allocator.recent} recent tokens it takes {least}; raise --mc-eval-soft-max-length or lower "
+            "--allocator-recent-tokens."
+        )
+    budget = max(budget, least)
     iterations = context_setup.iterations(opts)
     return FocusConfig(
         GPTDecoder(model.cfg, model.objective.attention.fn, np.dtype(model.objective.dtype)),

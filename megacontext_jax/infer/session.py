@@ -64,7 +64,7 @@ class Session:
     """One history and what the model remembers of it. Not for several threads at once."""
 
     def __init__(self, engine: Engine, memory: Memory, tree: TreeStore, folder: Path | None = None):
-        self._engine = engine
+        self.engine = engine
         self.memory = memory
         self.tree = tree
         self.folder = folder
@@ -93,7 +93,7 @@ class Session:
         """Acknowledges tokens; the model reads them when it next speaks. UserError if there is no room for them."""
         check_fits(self.memory, len(self.tree), len(ids))
         for start in range(0, len(ids), APPEND):
-            self.tree.append(ids[start : start + APPEND])
+            self.tree.append(ids[start : start + APPEND], gists=False)
 
     def open_turn(self) -> None:
         """Begins the user's turn where none is open; what is appended then is the user's."""
@@ -187,7 +187,7 @@ class Session:
         """
         if max_tokens is not None and max_tokens < 1:
             raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
-        draw = self._engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
+        draw = self.engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
         if not len(self.tree):
             raise UserError("There is nothing to answer yet; add a message first.")
         return self._answer(draw, max_tokens, tick)
@@ -197,21 +197,25 @@ class Session:
             tick(tokens)
             yield []
         room = self.memory.capacity - self.memory.tokens
-        limit_1 = np.array([min(room, max_tokens or room)], np.int32)
-        state = new_state(self.memory.cache, self.memory.logits_1V, limit_1)
+        limit = min(room, max_tokens or room)
         try:
-            yield from self._engine.stretches(state, limit_1, draw, max_tokens, between=self)
+            limit_1 = np.array([limit], np.int32)
+            yield from self.engine.stretches(self.state(limit), limit_1, draw, max_tokens, between=self)
         finally:
             self._turns += 1
             if self.folder:
                 self._write_snapshot(small=True)
+
+    def state(self, limit: int) -> State:
+        """What the engine goes on from, for at most `limit` tokens; everything has been read."""
+        return new_state(self.memory.cache, self.memory.logits_1V, np.array([limit], np.int32))
 
     def room(self) -> int:
         return self.memory.room()
 
     def settle(self, state: State, token_NB: np.ndarray) -> State:
         said = token_NB[:, 0][token_NB[:, 0] != NO_TOKEN]
-        self.tree.append(said)
+        self.tree.append(said, gists=False)  # the memory completes them when it looks
         self.memory.took(state.cache, state.logits_BV, len(said), self.tree)
         return state._replace(cache=self.memory.cache, logits_BV=self.memory.logits_1V)
 

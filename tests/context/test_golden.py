@@ -282,7 +282,9 @@ def test_rotary_tables(kind, size, arrays, monkeypatch):
     for name, ours in zip(
         ("cos", "sin"), gaussian_rope(plain, z["positions"], sigma, jnp.float32), strict=True
     ):
-        np.testing.assert_allclose(ours, theirs[f"{name}_f32_prebf16"][:, :, 0], **EXACT)
+        # a frequency may round to its neighbour (powers differ between processors), which an angle multiplies
+        atol = np.finfo(np.float32).eps * max(1.0, np.abs(z["positions"]).max())
+        np.testing.assert_allclose(ours, theirs[f"{name}_f32_prebf16"][:, :, 0], rtol=0, atol=atol)
     half = slice(head_dim // 2)
     for name, ours in zip(
         ("cos", "sin"), gaussian_rope(cfg, z["positions"], sigma, jnp.bfloat16), strict=True

@@ -157,3 +157,28 @@ def test_raw_entries_are_appended_behind_the_valid_ones():
     told = layouts.violations(longer, block=4, tokens=19, budget=16, recent=4, max_level=2)
     assert not any(bool(bad[0]) for bad in told.values())
     assert int(longer.count_B[0]) == 16
+
+
+# --- Layouts of any length --------------------------------------------------------------------------------
+
+
+@given(
+    tokens=st.integers(1, 4**9),
+    block=st.sampled_from([2, 4, 8, 32]),
+    spare=st.integers(0, 200),
+    recent=st.integers(0, 40),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_history_of_any_length_fits(tokens, block, spare, recent):
+    max_level = next(n for n in range(1, 20) if block ** (n + 1) >= 4**9)
+    budget = layouts.enough_entries(block=block, levels=max_level, recent=recent) + spare
+    level, node = layouts.tapered_layout(tokens, budget, block=block, max_level=max_level, recent=recent)
+    span = block ** level.astype(np.int64)
+    ends = np.cumsum(span)
+    assert len(level) <= budget
+    assert ends[-1] == tokens
+    np.testing.assert_array_equal(node * span, ends - span)  # aligned, without gap or overlap
+    assert (ends[level > 0] <= tokens - recent).all()
+    assert (np.diff(level) <= 0).all()  # detail falls with distance
+    if tokens <= budget:
+        assert not level.any()

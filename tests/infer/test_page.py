@@ -54,7 +54,7 @@ def test_a_conversation_in_a_browser(page, tmp_path):
 
     before = window.run(BARS)
     book = tmp_path / "Riga.txt"
-    book.write_text("Anna lives in Riga, a town by the sea. <b>Janis</b> does not.\n" * 700)
+    book.write_text("Anna lives in Riga, a town by the sea. <b>Janis</b> does not.\n" * 250)
     window.drop(book)
     window.until("document.querySelector('.document')?.textContent.includes('read in')")
     window.until(IDLE)

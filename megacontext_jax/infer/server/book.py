@@ -225,5 +225,5 @@ def _bytes_per_token(tree: TreeStore) -> float:
 
 
 def _size(tree: TreeStore) -> int:
-    """Bytes of what a tree in RAM holds."""
-    return sum(tree.count(level) * _row_bytes(tree, level) for level in range(tree.spec.max_levels + 1))
+    """Bytes of a tree in RAM, those gists included that are yet to be made."""
+    return round(len(tree) * _bytes_per_token(tree))
