@@ -3,8 +3,9 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from types import MappingProxyType
 
 from megacontext_jax.checkpoints.runs import saved_arch
 from megacontext_jax.config import (
@@ -54,6 +55,7 @@ REPLACED = {
     "mc-max-lod": "--mc-levels sets the levels of gists",
     "build-workers": "the tree of a whole batch is built in one call per level",
     "cache-lod0": "embeddings are never kept beside the tokens",
+    "num-gpus": "one process serves all clients from one device, in turns",
     "telemetry-interval": "--log-every and --eval-every set it",
 }
 
@@ -74,15 +76,22 @@ def run_main(main: Callable[[list[str]], int | None]) -> None:
     sys.exit(status or 0)
 
 
-def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[str, ...] = ()) -> Config:
+def parse(
+    argv: list[str],
+    *,
+    doc: str,
+    stage: str | None = None,
+    show: tuple[str, ...] = (),
+    short: Mapping[str, str] = MappingProxyType({}),
+) -> Config:
     """Flags to a configuration.
 
     `stage` is the section that unqualified stage flags address; `show` are the sections `--help` explains
-    in full. `--config NAME` (default: the recipe of the hardware profile) is read before the other flags, and
+    in full, `short` are short flags that mean something else than usual. `--config NAME` (default: the recipe of the hardware profile) is read before the other flags, and
     before it how the architecture is trained: that of `--arch`, of the run a stage starts from, or of the recipe.
     """
     wants_help = "-h" in argv or "--help" in argv
-    flags = _accept_replaced(_tokens([word for word in argv if word not in ("-h", "--help")]))
+    flags = _accept_replaced(_tokens([word for word in argv if word not in ("-h", "--help")], SHORT | short))
 
     def last(name: str) -> str | None:
         return next((value for flag, value in reversed(flags) if flag == name), None)
@@ -99,7 +108,7 @@ def parse(argv: list[str], *, doc: str, stage: str | None = None, show: tuple[st
         arch = saved_arch(SOURCE_STAGES[stage], asked.run.tag or f"d{asked.model.depth}") or arch
     config = load_yaml(load_arch(Config(), arch), source)
     if wants_help:
-        print(_help(doc, config, source, stage, show))
+        print(_help(doc, config, source, stage, show, SHORT | short))
         raise SystemExit(0)
     config = apply_flags(config, own, stage)
     return config
@@ -118,13 +127,13 @@ def recipe_config(recipe: str, profile: str | None = None) -> str:
     return f"run10_{profile}"
 
 
-def _tokens(argv: list[str]) -> list[tuple[str, str | None]]:
+def _tokens(argv: list[str], letters: Mapping[str, str]) -> list[tuple[str, str | None]]:
     """[(name, value)] of `--name value`, `--name=value`, `--switch`, `-x value`; a lone `--` is skipped."""
     flags, words = [], [word for word in argv if word != "--"]
     while words:
         word = words.pop(0)
-        if word in SHORT:
-            word = f"--{SHORT[word]}"
+        if word in letters:
+            word = f"--{letters[word]}"
         if not word.startswith("--"):
             raise UserError(f"Unexpected argument {word!r}; flags look like --name value. See --help.")
         name, equals, value = word[2:].partition("=")
@@ -160,12 +169,19 @@ def _accept_replaced(flags: list[tuple[str, str | None]]) -> list[tuple[str, str
     return kept
 
 
-def _help(doc: str, config: Config, source: str, stage: str | None, show: tuple[str, ...]) -> str:
+def _help(
+    doc: str,
+    config: Config,
+    source: str,
+    stage: str | None,
+    show: tuple[str, ...],
+    letters: Mapping[str, str],
+) -> str:
     lines = [doc.strip(), "", f"Flags, with dashes or underscores, and their values in {source}:"]
     lines.append(
         "      --config NAME              a file in configs/, or a path; default: the profile of this machine"
     )
-    short = {name: letter for letter, name in SHORT.items()}
+    short = {name: letter for letter, name in letters.items()}
     shown = (stage, *show) if stage else show
     for section_name in shown:
         section = getattr(config, section_name)

@@ -295,6 +295,38 @@ class ChatConfig:
 
 
 @dataclass(frozen=True)
+class WebConfig:
+    host: str = option(
+        "127.0.0.1", "address to listen on; 0.0.0.0 lets every machine of the network in", free=True
+    )
+    port: int = option(8000, "port to listen on; 0 = any free one", free=True)
+    sessions: str = option(
+        "", "keep the page's conversations in this folder, so that they outlive a restart", free=True
+    )
+    upload_mb: int = option(64, "largest text that can be dropped on the page, MB", free=True)
+    max_sessions: int = option(
+        64,
+        "conversations held ready; beyond, the one unused longest is closed (with --sessions it stays)",
+        free=True,
+    )
+    max_running: int = option(64, "answers at the same time; further ones wait their turn", free=True)
+    max_waiting: int = option(256, "requests that may wait; further ones are told to come back", free=True)
+    history_mb: int = option(
+        4096,
+        "memory for conversations without --sessions, MB; beyond, the one unused longest is closed",
+        free=True,
+    )
+    slow_seconds: int = option(
+        60,
+        "a client that takes in nothing for so long is dropped; its answer waits for it until then",
+        free=True,
+    )
+    allow_origins: str = option(
+        "", "other sites whose pages may use this server, separated by commas; * = all", free=True
+    )
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     histories: str = option(
         "1000,10000,100000,1000000", "lengths of history, in tokens, separated by commas", free=True
@@ -324,6 +356,7 @@ class Config:
     mc: MegaContextConfig = MegaContextConfig()
     eval: EvalConfig = EvalConfig()
     chat: ChatConfig = ChatConfig()
+    web: WebConfig = WebConfig()
     bench: BenchConfig = BenchConfig()
 
     def to_dict(self) -> dict:

@@ -95,6 +95,10 @@ class Session:
         for start in range(0, len(ids), APPEND):
             self.tree.append(ids[start : start + APPEND], gists=False)
 
+    def open_turn(self) -> None:
+        """Begins the user's turn where none is open; what is appended then is the user's."""
+        self.append(self._opening())
+
     def add_document(self, text: str) -> int:
         """Puts a text at the beginning of the next message; its tokens."""
         ids = [*self._opening(), *self.tokenizer.encode(text), *self.tokenizer.encode("\n")]

@@ -1,6 +1,7 @@
 """Sessions: what they say is what whole sequences would, whatever was appended and edited; what is kept, and where."""
 
 from functools import partial
+from itertools import zip_longest
 
 import jax
 import jax.numpy as jnp
@@ -102,6 +103,45 @@ def test_gist_attention_says_what_it_would_as_a_whole(arch):
                 expected, _ = whole(chat.model.params, ids_1T, jnp.array([n]), decoder.init_cache(1, LONGEST))
                 worst = max(worst, float(jnp.abs(session.memory.logits_1V - expected).max()))
     assert worst < 1e-4
+
+
+def test_sessions_that_take_turns_say_what_they_would_alone():
+    options = {"max_tokens": 24, "temperature": 1.0, "tokens_per_sync": 5}
+    for chat in (focus_chat(lens="learned"), rows_chat()):
+        texts = [np.random.default_rng(i).integers(0, 250, 70 + 40 * i, np.uint32) for i in range(3)]
+        alone = []
+        for i, text in enumerate(texts):
+            with chat.new_session() as session:
+                session.append(text)
+                alone.append([e.token for e in session.answer(seed=i, **options)])
+        sessions, together = [chat.new_session() for _ in texts], [[] for _ in texts]
+        for session, text in zip(sessions, texts, strict=True):
+            session.append(text)
+        steps = [session.stretches(seed=i, **options) for i, session in enumerate(sessions)]
+        for turn in zip_longest(*steps, fillvalue=[]):
+            for said, events in zip(together, turn, strict=True):
+                said += [event.token for event in events]
+        assert together == alone
+
+
+def test_reading_may_be_left_between_two_pieces():
+    text = np.random.default_rng(0).integers(0, 250, 200, np.uint32)
+    for chat in (focus_chat(lens="random"), rows_chat()):
+        with chat.new_session() as session:
+            session.append(text[:150])
+            next(session.reading())
+            session.append(text[150:])
+            next(session.reading())
+            session.read()
+            assert session.memory.tokens == 200
+            if chat.focus:
+                expected = whole_focus_logits(chat, session, LONGEST)
+            else:
+                with chat.new_session() as other:
+                    other.append(text)
+                    other.read()
+                    expected = other.memory.logits_1V
+            np.testing.assert_allclose(session.memory.logits_1V, expected, atol=1e-4)
 
 
 def test_short_conversations_are_those_of_the_plain_engine():
