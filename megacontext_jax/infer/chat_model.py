@@ -17,6 +17,7 @@ from megacontext_jax.errors import UserError
 from megacontext_jax.files import remove_stale_scratch, scratch_path
 from megacontext_jax.infer.engine import Engine
 from megacontext_jax.infer.focus_memory import FocusConfig, FocusMemory
+from megacontext_jax.infer.gist_model import GistDecoder
 from megacontext_jax.infer.memory import LONGEST, Memory, TokenMemory
 from megacontext_jax.infer.model import Model
 from megacontext_jax.infer.session import ABOUT, TREE, About, Session
@@ -56,7 +57,7 @@ class ChatModel:
     def kind(self) -> str:
         if self.focus:
             return "working context"
-        return "gist attention" if hasattr(self.model.decoder, "objective") else "plain"
+        return "gist attention" if isinstance(self.model.decoder, GistDecoder) else "plain"
 
     @property
     def about(self) -> About:

@@ -52,7 +52,9 @@ class ContextDecoder:
         )
         raw_BW = layout.level_BW == 0
         ids_BW = pick(ids_BT, jnp.where(raw_BW, starts(layout, block), 0))
-        prompt = decode.Prompt(ids_BW, length_B, raw_BW, gather(tables, layout))
+        # what follows goes on counting tokens, or entries where these are the positions
+        seen_B = layout.count_B if objective.context.positions == "rank" else length_B
+        prompt = decode.Prompt(ids_BW, seen_B, raw_BW, gather(tables, layout))
         return decode.prefill_entries(
             params["decode"],
             objective.cfg,

@@ -150,11 +150,7 @@ def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
 def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
     """How the working contexts of conversations are kept."""
     opts, context, T = config.mc, model.context, model.cfg.sequence_len
-    if context.context.positions == "gaussian_alibi":
-        raise UserError(
-            f"{model} has --positional-type gaussian_alibi, whose bias decoding does not have; conversations need "
-            "gaussian, simple or rank."
-        )
+    _check_decodable(model)
     if opts.mc_infer_refocus_interval < 1:
         raise UserError(f"--mc-infer-refocus-interval {opts.mc_infer_refocus_interval} must be at least 1.")
     allocator = replace(
@@ -187,11 +183,20 @@ def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
     )
 
 
+def _check_decodable(model: LoadedModel) -> None:
+    if model.context.context.positions == "gaussian_alibi":
+        raise UserError(
+            f"{model} has --positional-type gaussian_alibi, whose bias decoding from working contexts does not have; "
+            "leave --mc out, or train with gaussian, simple or rank."
+        )
+
+
 def load_engine(config: Config) -> tuple[Engine, LoadedModel]:
     """An engine on one device around the model of `--source`, `--tag` and `--step`; with --mc over working contexts."""
     model = load_model(config)
     if model.context is None:
         return Engine(decoding_model(model.params, model.objective), model.tokenizer), model
+    _check_decodable(model)
     attention = model.objective.attention.fn
     opts, T = config.mc, model.cfg.sequence_len
     decoder = ContextDecoder(

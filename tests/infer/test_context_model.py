@@ -1,5 +1,7 @@
 """Decoding from a working context against the training forward pass on the same layout."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,11 +40,16 @@ def answers(decoder, params, ids_BT):
     return jnp.concatenate([logits_BV[None], more_nBV]).swapaxes(0, 1)
 
 
-@pytest.fixture(scope="module", params=[("pocket", 13), ("era3", 8)], ids=["pocket", "era3"])
+@pytest.fixture(
+    scope="module",
+    params=[("pocket", 13, "gaussian"), ("era3", 8, "gaussian"), ("pocket", 13, "rank")],
+    ids=["pocket", "era3", "rank"],
+)
 def decoded(request):
     """The layouts of the prompts, and the logits of both decoders and of the training pass."""
-    arch, budget = request.param
+    arch, budget, positions = request.param
     objective = objective_of(arch)
+    objective = replace(objective, context=replace(objective.context, positions=positions))
     decoder, params = decoder_of(objective, budget), params_of(objective)
     ids_BT = jnp.asarray(np.random.default_rng(1).integers(0, 60, (len(LENGTHS), T), np.int32))
 
