@@ -5,7 +5,7 @@
     python -m scripts.long_history_eval --suite-steps 500                     less training
 
 Trains a tiny model of its own on rows of 256 tokens (minutes on a CPU), then lets sessions read histories of any length in
-64 entries and asks for numbers that stood anywhere in them; a sliding window of 64 tokens is asked the same. Writes
+96 entries and asks for numbers that stood anywhere in them; a sliding window of 96 tokens is asked the same. Writes
 artifacts/report/long_history.json and a picture. An interrupted run goes on with the next cell.
 """
 

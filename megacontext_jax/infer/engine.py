@@ -101,6 +101,18 @@ def new_state(cache, logits_BV, left_B) -> State:
     )
 
 
+def _of_active(active_B, after, before):
+    """What a step has left, in the rows that took part in it. Keys and values (four axes) that the others have written
+    stand behind their length, where the next token of theirs overwrites them."""
+
+    def choose(new, old):
+        if new.ndim > 3:
+            return new
+        return jnp.where(active_B.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, after, before)
+
+
 def _sample_step(params, state: State, keys_B, chosen, marks: Marks, *, decoder: Decoder, candidates: int):
     """Every row says one token, forced or sampled, and reads it. Returns (state, token_B, forced_B)."""
     active_B = state.left_B > 0
@@ -113,7 +125,7 @@ def _sample_step(params, state: State, keys_B, chosen, marks: Marks, *, decoder:
     token_B = jnp.where(forced_B, queued_B, sampled_B)
 
     logits_BV, cache = decoder.decode_step(params, token_B, state.cache)
-    cache = cache._replace(length_B=jnp.where(active_B, cache.length_B, state.cache.length_B))
+    logits_BV, cache = _of_active(active_B, (logits_BV, cache), (state.logits_BV, state.cache))
     terminal_B = token_B == marks.assistant_end
     left_B = jnp.where(terminal_B, 0, state.left_B - 1)
     state = state._replace(

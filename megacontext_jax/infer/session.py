@@ -214,10 +214,14 @@ class Session:
         return self.memory.room()
 
     def settle(self, state: State, token_NB: np.ndarray) -> State:
-        said = token_NB[:, 0][token_NB[:, 0] != NO_TOKEN]
-        self.tree.append(said, gists=False)  # the memory completes them when it looks
-        self.memory.took(state.cache, state.logits_BV, len(said), self.tree)
+        self.keep(state.cache, state.logits_BV, token_NB[:, 0])
         return state._replace(cache=self.memory.cache, logits_BV=self.memory.logits_1V)
+
+    def keep(self, cache, logits_1V, token_N: np.ndarray) -> None:
+        """Acknowledges what was said (NO_TOKEN: nothing) and has been read into `cache`; may refocus."""
+        said = token_N[token_N != NO_TOKEN]
+        self.tree.append(said, gists=False)  # the memory completes them when it looks
+        self.memory.took(cache, logits_1V, len(said), self.tree)
 
     # --- looking and keeping ---
 

@@ -10,6 +10,7 @@ import pytest
 
 from megacontext_jax.context.layout import Layout, violations
 from megacontext_jax.errors import UserError
+from megacontext_jax.infer.session_batch import answer_together
 from tests.infer.session_models import (
     BUDGET,
     MAX_LEVEL,
@@ -227,3 +228,23 @@ def test_a_damaged_snapshot_is_told_and_read_around(tmp_path):
         session.read()
         np.testing.assert_allclose(session.memory.logits_1V, expected, atol=1e-5)
     assert any("read anew" in line for line in told)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(focus_chat, "latest", lens="learned"), rows_chat], ids=["focus", "rows"]
+)
+def test_sessions_of_a_batch_say_what_each_says_alone(make):
+    chat, rng = make(), np.random.default_rng(0)
+    sessions, twins = ([chat.new_session() for _ in range(3)] for _ in range(2))
+    for turn in range(3):
+        for session, twin, n in zip(sessions, twins, (3 + turn, 40, 21), strict=True):
+            ids = rng.integers(0, 250, n, np.uint32)
+            session.append(ids)
+            twin.append(ids)
+        # some end earlier than others, and go on in the next turn
+        for _ in answer_together(sessions, max_tokens=20, temperature=0.0):
+            pass
+        for session, twin in zip(sessions, twins, strict=True):
+            list(twin.answer(max_tokens=20, temperature=0.0))
+            np.testing.assert_array_equal(session.tree.tokens(), twin.tree.tokens())
+            np.testing.assert_allclose(session.memory.logits_1V, twin.memory.logits_1V, atol=1e-4)

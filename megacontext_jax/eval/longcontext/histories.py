@@ -1,7 +1,7 @@
 """A fact placed anywhere in a long history, asked at its end: what a session still knows.
 
 A tiny model learns on rows of 256 tokens: numbers with marks in filler, the marks asked at the end, in working contexts
-of a quarter of the row. LensNet learns beside it which spans are worth their room, judged by questions it does not see.
+of three eighths of the row. LensNet learns beside it which spans are worth their room, judged by questions it does not see.
 Then sessions read histories of up to hundreds of thousands of tokens, in as many entries, and answer.
 """
 
@@ -26,7 +26,7 @@ from megacontext_jax.infer.focus_memory import FocusConfig, FocusMemory
 from megacontext_jax.infer.model import GPTDecoder, prepare_params
 from megacontext_jax.model.loss import capped_logits
 
-BLOCK, ROW, LEVELS, BUDGET, RECENT, ASKED = 4, 256, 3, 64, 16, 8
+BLOCK, ROW, LEVELS, BUDGET, RECENT, ASKED = 4, 256, 3, 96, 16, 8
 RAW_SHARE = 0.2  # of the steps, before working contexts join: retrieval forms first
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 FACTS, SPREAD = 4, 64  # facts of a history, and the tokens over which they lie

@@ -1,0 +1,73 @@
+"""Several sessions answer in one batch: their histories differ in length, the device takes a step for all of them."""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megacontext_jax.errors import UserError
+from megacontext_jax.infer.engine import Event, State
+from megacontext_jax.infer.session import Session
+
+
+@jax.jit
+def _split(tree):
+    """The rows of a tree, one tree each."""
+    rows = jax.tree.leaves(tree)[0].shape[0]
+    return tuple(jax.tree.map(lambda x, i=i: x[i : i + 1], tree) for i in range(rows))
+
+
+@jax.jit
+def _join(rows):
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *rows)
+
+
+class _Together:
+    """Between two stretches: every session keeps what it said, and refocuses when it is its time."""
+
+    def __init__(self, sessions: Sequence[Session]):
+        self._sessions = sessions
+
+    def room(self) -> int:
+        return min(session.room() for session in self._sessions)
+
+    def settle(self, state: State, token_NB: np.ndarray) -> State:
+        rows, moved = _split((state.cache, state.logits_BV)), False
+        for session, (cache, logits_1V), token_N in zip(self._sessions, rows, token_NB.T, strict=True):
+            session.keep(cache, logits_1V, token_N)
+            moved |= session.memory.cache is not cache
+        if not moved:
+            return state
+        cache, logits_BV = _join([(s.memory.cache, s.memory.logits_1V) for s in self._sessions])
+        return state._replace(cache=cache, logits_BV=logits_BV)
+
+
+def answer_together(
+    sessions: Sequence[Session],
+    *,
+    max_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 42,
+    tokens_per_sync: int = 8,
+) -> Iterator[Event]:
+    """As `Session.answer` for sessions of one `ChatModel`; the row of an event is the place of its session.
+
+    Raises UserError for settings out of range, and if a session has nothing to answer.
+    """
+    if not sessions or any(not len(session) for session in sessions):
+        raise UserError("There is a session with nothing to answer; add a message first.")
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
+    engine = sessions[0].engine
+    return _run(sessions, engine, engine.draw(temperature, top_k, top_p, seed, tokens_per_sync), max_tokens)
+
+
+def _run(sessions, engine, draw, max_tokens: int) -> Iterator[Event]:
+    for session in sessions:
+        session.read()
+    limits = [min(session.memory.capacity - session.memory.tokens, max_tokens) for session in sessions]
+    states = [session.state(limit) for session, limit in zip(sessions, limits, strict=True)]
+    yield from engine.run(_join(states), np.array(limits, np.int32), draw, max_tokens, _Together(sessions))
