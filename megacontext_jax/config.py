@@ -244,7 +244,7 @@ class MegaContextConfig:
         free=True,
     )
     mc_infer_edit_cost: float = option(
-        0.0, "score that an edit must gain per share of the context behind it, made anew", free=True
+        0.2, "score that an edit must gain per share of the context behind it, made anew", free=True
     )
     # memory and telemetry
     mc_auto_batch: bool = option(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megacontext_jax.context.allocator import AllocatorConfig, Focus, refocus
+from megacontext_jax.context.allocator import AllocatorConfig, Focus, refocus, refocus_many
 from megacontext_jax.context.layout import Layout, starts, tapered_layout
 from megacontext_jax.context.lenses import bm25, standard
 from megacontext_jax.context.objective import ContextObjective
@@ -28,6 +28,18 @@ from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.gpt import Entries
 
 
+PIECES = (
+    32,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+)  # entries whose keys are computed at a time, compiled once each
+
+
 @dataclass(frozen=True)
 class FocusConfig:
     """How a working context is kept; hashable, one set of compiled programs each."""
@@ -38,7 +50,7 @@ class FocusConfig:
     budget: int  # entries after a refocus
     lens: str = "learned"
     interval: int = 32  # tokens between refocuses
-    iterations: int = 2  # of a refocus on the way
+    iterations: int = 2  # rounds of edits of a refocus on the way, by one look
     rebuild_iterations: int = 8  # most of one before an answer
     rebuild_edits: int = 4  # per iteration of it
 
@@ -98,7 +110,7 @@ def _extend(params, piece: Piece, tokens_1, cache, *, cfg: FocusConfig):
     return decode.extend_entries(params, model, Entries(x_1TC, rope, {}), prompt, piece.count_1, cache)
 
 
-@partial(jax.jit, static_argnames=("cfg", "allocator"))
+@partial(jax.jit, static_argnames=("cfg", "allocator", "passes"))
 def _refocus(
     params,
     piece: Piece,
@@ -110,8 +122,9 @@ def _refocus(
     *,
     cfg: FocusConfig,
     allocator: AllocatorConfig,
+    passes: int,
 ):
-    """One iteration: (focus after it, statistics, scores before it)."""
+    """One look and `passes` rounds of edits by it: (focus after them, statistics, scores before)."""
     layout, key = piece.layout, jax.random.key(call)
     mass_1P = looks_1QP.sum(1)
     match cfg.lens:
@@ -126,8 +139,21 @@ def _refocus(
             scores_1P = standard(jax.random.normal(key, mass_1P.shape), layout)
         case _:
             scores_1P = _by_recency(layout, tokens_1, cfg.block)
-    focus, stats = refocus(
-        Focus(layout, age_1P), scores_1P, allocator, budget=cfg.budget, tokens=tokens_1, key=key
+
+    def of_this_look(edited: Layout):
+        """An entry that an edit made has the score of what began where it begins."""
+        before_P = jnp.where(layout.valid_BW, starts(layout, cfg.block), tokens_1[:, None])[0]
+        at_P = jnp.searchsorted(before_P, starts(edited, cfg.block)[0], side="right") - 1
+        return jnp.where(edited.valid_BW, scores_1P[:, at_P], 0.0)
+
+    focus, stats = refocus_many(
+        Focus(layout, age_1P),
+        of_this_look,
+        allocator,
+        budget=cfg.budget,
+        tokens=tokens_1,
+        iterations=passes,
+        key=key,
     )
     return focus, stats, scores_1P
 
@@ -227,9 +253,7 @@ class FocusMemory:
             self._since = 0
             for _ in tree.complete():
                 pass
-            for _ in range(self.cfg.iterations):
-                if not self._iterate(tree, self.cfg.allocator):
-                    break
+            self._iterate(tree, self.cfg.allocator, self.cfg.iterations)
 
     def regions(self) -> list[Region]:
         """Runs of entries of one level, oldest first."""
@@ -376,7 +400,7 @@ class FocusMemory:
         self.kept += first
         self.recomputed[why] += count - first
         self.cache = self.cache._replace(length_B=jnp.array([first], jnp.int32))
-        sizes = (*(s for s in (32, 128, 512) if s < self.cfg.places), self.cfg.places)
+        sizes = (*(s for s in PIECES if s < self.cfg.places), min(PIECES[-1], self.cfg.places))
         while first < count:
             size = padded_to(count - first, sizes)
             stop = min(count, first + size)
@@ -388,8 +412,11 @@ class FocusMemory:
             first = stop
         self._ready = count
 
-    def _iterate(self, tree: TreeStore, allocator: AllocatorConfig) -> bool:
-        """One look of the lens, the edits it asks for, the keys anew behind them; whether there were any."""
+    def _iterate(self, tree: TreeStore, allocator: AllocatorConfig, passes: int = 1) -> bool:
+        """One look of the lens, the edits it asks for, the keys anew behind them; whether there were any.
+
+        Over the budget the first pass only collapses; expansions take a second one.
+        """
         count = len(self._level)
         if count <= self.cfg.budget and not self._level.any():
             return False  # everything is raw and fits
@@ -407,6 +434,7 @@ class FocusMemory:
                 np.uint32(self._calls),
                 cfg=self.cfg,
                 allocator=allocator,
+                passes=passes,
             )
         )
         self._scores = scores_1P[0, :count]
