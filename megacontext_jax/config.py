@@ -331,7 +331,7 @@ class BenchConfig:
     histories: str = option(
         "1000,10000,100000,1000000", "lengths of history, in tokens, separated by commas", free=True
     )
-    bench_tokens: int = option(256, "tokens said and timed at each length", free=True)
+    bench_tokens: int = option(1024, "tokens said and timed at each length", free=True)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from megacontext_jax.infer.model import GPTDecoder, Model, Region
 from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.gpt import Entries
 
-
 PIECES = (
     32,
     64,

@@ -88,8 +88,13 @@ def assert_same(a: list[np.ndarray], b: list[np.ndarray]) -> None:
 def test_appends_of_any_size_make_one_tree(block, dtype, max_levels, chunk, sizes, close_after):
     shape = {"block": block, "dtype": dtype, "max_levels": max_levels, "chunk": chunk}
     tokens = stream(0, sum(sizes))
-    bulk, single = make(**shape), make(**shape)
+    bulk, single, late = make(**shape), make(**shape), make(**shape)
     bulk.append(tokens)
+    for size in sizes:  # tokens first, their gists in the end
+        late.append(tokens[len(late) : len(late) + size], gists=False)
+    assert late.levels == 0
+    for _ in late.complete():
+        pass
     for token in tokens:
         single.append(int(token))
     with tempfile.TemporaryDirectory() as folder:
@@ -103,7 +108,7 @@ def test_appends_of_any_size_make_one_tree(block, dtype, max_levels, chunk, size
                 disk = reopen(path, say=lambda sentence: pytest.fail(sentence))
         disk.verify()
         expected = rebuilt(tokens, bulk.spec)
-        for tree in (bulk, single, disk):
+        for tree in (bulk, single, late, disk):
             assert len(tree) == len(tokens)
             assert [tree.count(level) for level in range(max_levels + 2)] == [
                 len(tokens) // block**level if level <= max_levels else 0 for level in range(max_levels + 2)

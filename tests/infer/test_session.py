@@ -41,26 +41,32 @@ def random_history(session, rng, steps: int):
         yield
 
 
-@pytest.mark.parametrize(
-    ("arch", "positions", "lens"),
-    [("pocket", "gaussian", "random"), ("latest", "simple", "learned"), ("pocket", "rank", "lexical")],
-)
+KINDS = [("pocket", "gaussian", "random"), ("latest", "simple", "learned"), ("pocket", "rank", "lexical")]
+
+
+@pytest.mark.parametrize(("arch", "positions", "lens"), KINDS)
 def test_a_working_context_says_what_it_would_as_a_whole(arch, positions, lens):
     chat = focus_chat(arch, lens, positions)
+    worst, compressed, statistics = contexts_against_whole(chat, range(3), 12)
+    assert worst < 1e-4
+    assert compressed > 10
+    assert statistics["kept"] > 0
+    assert statistics["collapses"] > 0
+
+
+def contexts_against_whole(chat, seeds, steps: int):
+    """(largest difference of a logit, how many contexts had gists, statistics of the last session)."""
     worst, compressed = 0.0, 0
-    for seed in range(3):
+    for seed in seeds:
         with chat.new_session() as session:
-            for _ in random_history(session, np.random.default_rng(seed), 12):
+            for _ in random_history(session, np.random.default_rng(seed), steps):
                 expected = whole_focus_logits(chat, session, LONGEST)
                 found = np.asarray(session.memory.logits_1V)
                 worst = max(worst, np.abs(found - expected).max())
                 compressed += session.memory._level.any()
                 check_layout(session)
             statistics = session.memory.statistics()
-    assert worst < 1e-4
-    assert compressed > 10
-    assert statistics["kept"] > 0
-    assert statistics["collapses"] > 0
+    return worst, compressed, statistics
 
 
 def check_layout(session):
@@ -90,19 +96,36 @@ def test_nothing_before_an_edit_is_computed_again():
 
 @pytest.mark.parametrize("arch", ["pocket", "latest"])
 def test_gist_attention_says_what_it_would_as_a_whole(arch):
-    chat = rows_chat(arch)
-    decoder = chat.model.decoder
+    assert rows_against_whole(rows_chat(arch), range(2), 8) < 1e-4
 
+
+def rows_against_whole(chat, seeds, steps: int) -> float:
+    """Largest difference of a logit."""
+    decoder = chat.model.decoder
     whole = jax.jit(decoder.prefill)  # of the session's own levels
     worst = 0.0
-    for seed in range(2):
+    for seed in seeds:
         with chat.new_session() as session:
-            for _ in random_history(session, np.random.default_rng(seed), 8):
+            for _ in random_history(session, np.random.default_rng(seed), steps):
                 ids_1T = np.zeros((1, LONGEST), np.int32)
                 n = len(session)
                 ids_1T[0, :n] = session.tree.tokens()
                 expected, _ = whole(chat.model.params, ids_1T, jnp.array([n]), decoder.init_cache(1, LONGEST))
                 worst = max(worst, float(jnp.abs(session.memory.logits_1V - expected).max()))
+    return worst
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", ["focus", "rows"])
+def test_a_thousand_random_histories(kind):
+    """`bash run_tests.sh -m slow tests/infer/test_session.py`: minutes."""
+    if kind == "rows":
+        worst = rows_against_whole(rows_chat(), range(1000), 6)
+    else:
+        worst, compressed, _ = contexts_against_whole(focus_chat(), range(1000), 6)
+        assert compressed > 1000
+    print(f"{kind}: largest difference {worst:.1e}")
     assert worst < 1e-4
 
 
