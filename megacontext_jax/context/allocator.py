@@ -205,7 +205,7 @@ def _draw(value_BQ, open_BQ, noise_BQ, draws: int, temperature: float):
 def _fit(focus: Focus, score_BW, cfg: AllocatorConfig, budget_B, limit_B1) -> tuple[Focus, jax.Array]:
     """Collapses the lowest groups of the rows over their budget; the second value counts them [B].
 
-    A pass makes the lowest quarter of the collapses that are still needed: their parents may then form groups of the
+    A group is worth its best entry, which is what a collapse blurs, and so is the parent it leaves. A pass makes the lowest quarter of the collapses that are still needed: their parents may then form groups of the
     next level, scored by what they cover, before anything higher must give way. It ends when all rows fit or nothing is
     left to collapse.
     """
@@ -216,11 +216,11 @@ def _fit(focus: Focus, score_BW, cfg: AllocatorConfig, budget_B, limit_B1) -> tu
 
     def squeeze(carry):
         (layout, age_BW), score_BW, made_B, _ = carry
-        mean_BW = _window_sum(score_BW, K) / K
+        worth_BW = _window_max(score_BW, K)
         needed_B = -(-over(layout) // (K - 1))
-        marks_BW = _lowest(mean_BW + _cost(layout, cfg), _groups(layout, cfg, limit_B1), -(-needed_B // 4))
+        marks_BW = _lowest(worth_BW + _cost(layout, cfg), _groups(layout, cfg, limit_B1), -(-needed_B // 4))
         after, of_BW, _ = _rearrange(layout, jnp.zeros_like(marks_BW), marks_BW, K)
-        score_BW = _take(jnp.where(marks_BW, mean_BW, score_BW), of_BW)
+        score_BW = _take(jnp.where(marks_BW, worth_BW, score_BW), of_BW)
         age_BW = _take(jnp.where(marks_BW, 0, age_BW), of_BW)
         return Focus(after, age_BW), score_BW, made_B + marks_BW.sum(-1), marks_BW.any()
 
@@ -283,6 +283,13 @@ def _window_sum(x_BW, block: int, backwards: bool = False):
             done += 1 << bit
         x_BW += shift(x_BW, 1 << bit)
     return sum_BW
+
+
+def _window_max(x_BW, block: int):
+    """Largest value of an entry and the block - 1 behind it; places outside do not count."""
+    W, low = x_BW.shape[1], jnp.finfo(x_BW.dtype).min
+    padded_BX = jnp.pad(x_BW, ((0, 0), (0, block - 1)), constant_values=low)
+    return jnp.stack([padded_BX[:, i : i + W] for i in range(block)]).max(0)
 
 
 def _take(x_BW, of_BW):

@@ -185,7 +185,7 @@ def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: in
         aged = [(level, node, age + 1) for level, node, age in entries]
         while len(aged) > budget:
             groups = plain_groups(aged, cfg, tokens)
-            groups.sort(key=lambda i: sum(scores[i : i + K]) / K + cfg.edit_cost * (1 - i / len(aged)))
+            groups.sort(key=lambda i: max(scores[i : i + K]) + cfg.edit_cost * (1 - i / len(aged)))
             needed = -(-(len(aged) - budget) // (K - 1))
             down = groups[: -(-needed // 4)]
             if not down:
@@ -193,7 +193,7 @@ def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: in
             starts = set(down)
             inside = {i + j for i in down for j in range(1, K)}
             scores = [
-                sum(scores[i : i + K]) / K if i in starts else scores[i]
+                max(scores[i : i + K]) if i in starts else scores[i]
                 for i in range(len(aged))
                 if i not in inside
             ]
