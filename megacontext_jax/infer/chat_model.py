@@ -47,7 +47,7 @@ class ChatModel:
     name: str  # run and step
     model: Model
     focus: FocusConfig | None = None
-    params: dict | None = None  # of the training, with `focus`
+    params: dict | None = None  # with `focus`: GistNet, LensNet and the embeddings, as in training
 
     @cached_property
     def engine(self) -> Engine:

@@ -30,6 +30,10 @@ from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
 
 
+# what a conversation in working contexts reads beside the weights of decoding
+BESIDE = ("gistnet", "lensnet", "wte", "smear_gate", "smear_lambda")
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """`context` is there with --mc, and the parameters then hold GistNet and LensNet."""
@@ -120,7 +124,7 @@ def as_chat(config: Config, model: LoadedModel) -> ChatModel:
             str(model),
             Model(focus.decoder, prepare_params(model.params, np.dtype(model.objective.dtype))),
             focus,
-            model.params,
+            {name: x for name, x in model.params.items() if name in BESIDE},
         )
     objective = model.objective
     if isinstance(objective, GistRows):
