@@ -29,7 +29,6 @@ from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model, prepare_pa
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, abstract_params, make_objective
 
-
 # what a conversation in working contexts reads beside the weights of decoding
 BESIDE = ("gistnet", "lensnet", "wte", "smear_gate", "smear_lambda")
 
