@@ -114,6 +114,17 @@ def parse(
     return config
 
 
+def whole_numbers(text: str, flag: str) -> list[int]:
+    """Numbers from 1 on that are separated by commas. UserError names the flag."""
+    try:
+        found = [int(word.replace("_", "")) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"{flag} {text} must be whole numbers separated by commas.") from None
+    if min(found) < 1:
+        raise UserError(f"{flag} {text}: every number must be at least 1.")
+    return found
+
+
 def recipe_config(recipe: str, profile: str | None = None) -> str:
     """Name of the YAML file of a recipe; run10 has one per hardware profile."""
     if recipe != "run10":

@@ -367,17 +367,6 @@ STAGES = ("base", "mid", "sft")
 SOURCE_STAGES = {"mid": ("base",), "sft": ("mid", "base")}  # what a stage starts from, the first that exists
 
 
-def whole_numbers(text: str, flag: str) -> list[int]:
-    """Numbers from 1 on that are separated by commas. UserError names the flag."""
-    try:
-        found = [int(word.replace("_", "")) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"{flag} {text} must be whole numbers separated by commas.") from None
-    if min(found) < 1:
-        raise UserError(f"{flag} {text}: every number must be at least 1.")
-    return found
-
-
 def fixed_options(section) -> dict:
     """The values of a section that a resumed run must share with its checkpoint."""
     return {f.name: getattr(section, f.name) for f in fields(section) if not f.metadata["free"]}

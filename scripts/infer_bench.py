@@ -16,8 +16,8 @@ import json
 from dataclasses import replace
 
 from megacontext_jax import runtime
-from megacontext_jax.cli import parse, run_main
-from megacontext_jax.config import Config, whole_numbers
+from megacontext_jax.cli import parse, run_main, whole_numbers
+from megacontext_jax.config import Config
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.bench import MESSAGE, Words, card, measure, plain_twin
 from megacontext_jax.infer.chat_model import ChatModel

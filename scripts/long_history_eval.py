@@ -13,8 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from megacontext_jax import runtime
-from megacontext_jax.cli import parse, run_main
-from megacontext_jax.config import whole_numbers
+from megacontext_jax.cli import parse, run_main, whole_numbers
 from megacontext_jax.errors import UserError
 from megacontext_jax.paths import report_dir
 from megacontext_jax.telemetry import report

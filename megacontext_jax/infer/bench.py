@@ -57,7 +57,7 @@ class Card(NamedTuple):
     weight_bytes: int
     cache_bytes: int
     slots: int
-    bandwidth: float  # bytes per second, measured by copying as many bytes
+    bandwidth: float  # bytes per second, measured by reading as many
 
     def lines(self) -> list[str]:
         floor_ms = 1e3 * (self.weight_bytes + self.cache_bytes) / self.bandwidth
@@ -126,8 +126,8 @@ def measure(chat: ChatModel, history: int, tokens: int, tick: Callable[[int], No
 
         times = Timed(session)
         session.read()
-        draw = engine.draw(0.0, None, None, 0, STRETCH)
-        for _ in engine.run(session.state(tokens), np.array([tokens], np.int32), draw, tokens, times):
+        draw = engine.draw(temperature=0.0, tokens_per_sync=STRETCH, max_tokens=tokens)
+        for _ in engine.run(session.state(tokens), np.array([tokens], np.int32), draw, times):
             pass
         settling = np.array(times.settling[1:])
         gc.collect()  # nothing of earlier lengths is counted

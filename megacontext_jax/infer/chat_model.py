@@ -59,9 +59,9 @@ class ChatModel:
             return "working context"
         return "gist attention" if isinstance(self.model.decoder, GistDecoder) else "plain"
 
-    @property
+    @cached_property
     def about(self) -> About:
-        return About(f"{self.name}, {self.kind}", self.tokenizer.digest)
+        return About(f"{self.name}, {self.kind}", digest(self.model.params, ("wte",)), self.tokenizer.digest)
 
     def memory(self) -> Memory:
         if self.focus:
@@ -91,11 +91,17 @@ class ChatModel:
         folder = Path(folder)
         found = About.read(folder)
         if found != self.about:
-            whose = (
-                found.model if found.model != self.about.model else "the same model with another tokenizer"
-            )
+            own = self.about
+            whose = found.model
+            if found.model == own.model:
+                other = (
+                    "with other weights or precision"
+                    if found.weights != own.weights
+                    else "with another tokenizer"
+                )
+                whose = f"this model {other}"
             raise UserError(
-                f"{folder} is a conversation with {whose}, and this is {self.about.model}; choose that model, or another "
+                f"{folder} is a conversation with {whose}, and this is {own.model}; choose that model, or another "
                 "folder."
             )
         options = {
@@ -139,19 +145,17 @@ def tree_options(objective: ContextObjective, params: dict, levels: int) -> dict
     return {
         "block": block,
         "width": width,
-        "gistnet": gistnet_digest(params),
+        "gistnet": digest(params, ("gistnet", "wte", "smear_gate", "smear_lambda")),  # what makes its gists
         "max_levels": levels,
         "embed": lambda ids_n: embed(params, ids_n.astype(np.int32)),
         "encode": lambda x_NKC: encode(params, x_NKC),
     }
 
 
-def gistnet_digest(params: dict) -> str:
-    """Identity of what makes gists: GistNet and the embeddings it reads."""
+def digest(params: dict | None, names: tuple[str, ...]) -> str:
+    """Identity of these parts of the parameters, those that are there."""
     hasher = xxhash.xxh3_128()
-    parts = {
-        name: params[name] for name in ("gistnet", "wte", "smear_gate", "smear_lambda") if name in params
-    }
+    parts = {name: params[name] for name in names if name in params} if params else {}
     for path, leaf in jax.tree.leaves_with_path(parts):
         hasher.update(jax.tree_util.keystr(path).encode())
         hasher.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())

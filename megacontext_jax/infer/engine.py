@@ -38,12 +38,13 @@ class Event(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """How tokens are drawn: see `sampler.settings`; tokens per row between two looks of the host."""
+    """What `Engine.draw` has checked."""
 
     chosen: sampler.Settings
     candidates: int
     seed: int
     tokens_per_sync: int
+    max_tokens: int | None
 
 
 class Marks(NamedTuple):
@@ -213,41 +214,49 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         *,
         num_samples: int = 1,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 42,
-        tokens_per_sync: int = 8,
         pad_rows: int = 0,
+        **options,
     ) -> Iterator[Event]:
         """Streams the tokens of every row, step by step, until each has stopped.
 
         Args:
             prompts: token ids, of any lengths.
             num_samples: rows per prompt.
+            pad_rows: idle prompts are added up to this many, so that a last, smaller batch need not be
+                compiled anew.
+            options: those of `draw`.
+
+        Raises UserError at once for settings out of range and for a prompt that leaves no room in the window.
+        """
+        draw = self.draw(**options)
+        self._check(prompts, num_samples)
+        state, limit_B = self._begin(prompts, num_samples, draw.max_tokens, pad_rows)
+        return self.run(state, limit_B, draw)
+
+    def draw(
+        self,
+        *,
+        max_tokens: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 42,
+        tokens_per_sync: int = 8,
+    ) -> Draw:
+        """How answers are drawn. Raises UserError for values out of range.
+
+        Args:
             max_tokens: longest answer; None = what the window leaves.
             temperature, top_k, top_p: see `sampler.settings`.
             seed: the same seed gives the same tokens; row r draws the same whatever else is in the batch.
             tokens_per_sync: tokens per row between two looks of the host, at most 64.
-            pad_rows: idle prompts are added up to this many, so that a last, smaller batch need not be
-                compiled anew.
-
-        Raises UserError at once for settings out of range and for a prompt that leaves no room in the window.
         """
-        self._check(prompts, num_samples, max_tokens)
-        draw = self.draw(temperature, top_k, top_p, seed, tokens_per_sync)
-        state, limit_B = self._begin(prompts, num_samples, max_tokens, pad_rows)
-        return self.run(state, limit_B, draw, max_tokens)
-
-    def draw(
-        self, temperature: float, top_k: int | None, top_p: float | None, seed: int, tokens_per_sync: int = 8
-    ) -> Draw:
-        """Checked settings of the sampler. Raises UserError for values out of range."""
+        if max_tokens is not None and max_tokens < 1:
+            raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
         if not 1 <= tokens_per_sync <= MAX_SYNC:
             raise UserError(f"tokens_per_sync {tokens_per_sync} must lie between 1 and {MAX_SYNC}.")
         chosen, candidates = sampler.settings(temperature, top_k, top_p, self.model.decoder.vocab_size)
-        return Draw(chosen, candidates, seed, tokens_per_sync)
+        return Draw(chosen, candidates, seed, tokens_per_sync, max_tokens)
 
     def generate_batch(
         self, prompts: Sequence[Sequence[int]], **options
@@ -267,11 +276,9 @@ class Engine:
                 masks[event.row].append(int(event.sampled))
         return sequences, masks
 
-    def _check(self, prompts, num_samples: int, max_tokens: int | None) -> None:
+    def _check(self, prompts, num_samples: int) -> None:
         if num_samples < 1:
             raise UserError(f"--num-samples {num_samples} must be at least 1.")
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
         if not prompts:
             raise UserError("There is no prompt to generate from; give at least one.")
         for i, prompt in enumerate(prompts):
@@ -314,15 +321,13 @@ class Engine:
         )
         return state, limit_B
 
-    def run(
-        self, state: State, limit_B, draw: Draw, max_tokens: int | None, between: Between | None = None
-    ) -> Iterator[Event]:
+    def run(self, state: State, limit_B, draw: Draw, between: Between | None = None) -> Iterator[Event]:
         """Streams what rows say that have been read, at most `limit_B` tokens each; consumes `state`."""
-        for events in self.stretches(state, limit_B, draw, max_tokens, between):
+        for events in self.stretches(state, limit_B, draw, between):
             yield from events
 
     def stretches(
-        self, state: State, limit_B, draw: Draw, max_tokens: int | None, between: Between | None = None
+        self, state: State, limit_B, draw: Draw, between: Between | None = None
     ) -> Iterator[list[Event]]:
         """`run`, with all that was said between two looks of the host at once."""
         advance = partial(_advance, decoder=self.model.decoder, candidates=draw.candidates)
@@ -344,7 +349,7 @@ class Engine:
                     if token == self._marks.assistant_end:
                         left_B[row], stop = 0, "end"
                     elif not left_B[row]:
-                        stop = "length" if limit_B[row] == max_tokens else "window"
+                        stop = "length" if limit_B[row] == draw.max_tokens else "window"
                     if answer := tools[row].push(token):
                         answers[row] = answer
                     events.append(Event(int(row), token, not forced_B[row], stop))

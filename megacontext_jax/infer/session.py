@@ -13,7 +13,7 @@ process if the session has a folder. What the model remembers of it is a `Memory
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from megacontext_jax.context.store import TreeStore
 from megacontext_jax.errors import UserError
 from megacontext_jax.files import atomic_path, write_bytes
-from megacontext_jax.infer.engine import NO_TOKEN, Engine, Event, State, new_state
+from megacontext_jax.infer.engine import NO_TOKEN, Draw, Engine, Event, State, new_state
 from megacontext_jax.infer.memory import Memory, Tick, check_fits
 from megacontext_jax.infer.model import Region
 
@@ -35,15 +35,11 @@ class About:
     """What a session's folder says of itself."""
 
     model: str  # run, step and pattern: whose memory it is
+    weights: str  # digest of its embeddings: a run of the same name may have been trained again
     tokenizer: str  # digest
 
     def write(self, folder: Path) -> None:
-        fields = {
-            "format": "megacontext-session",
-            "version": 1,
-            "model": self.model,
-            "tokenizer": self.tokenizer,
-        }
+        fields = {"format": "megacontext-session", "version": 1, **asdict(self)}
         write_bytes(folder / ABOUT, (json.dumps(fields, indent=1) + "\n").encode())
 
     @staticmethod
@@ -53,7 +49,7 @@ class About:
             fields = json.loads(path.read_bytes())
             if fields["format"] != "megacontext-session" or fields["version"] > 1:
                 raise ValueError
-            return About(str(fields["model"]), str(fields["tokenizer"]))
+            return About(*(str(fields[name]) for name in ("model", "weights", "tokenizer")))
         except OSError:
             raise UserError(f"{folder} is no session (it has no {ABOUT}); name another folder.") from None
         except (ValueError, KeyError, TypeError):
@@ -144,67 +140,41 @@ class Session:
 
     # --- speaking ---
 
-    def answer(
-        self,
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 42,
-        tokens_per_sync: int = 8,
-        tick: Tick = lambda tokens: None,
-    ) -> Iterator[Event]:
+    def answer(self, *, tick: Tick = lambda tokens: None, **options) -> Iterator[Event]:
         """Reads what is new and streams what the model says next, token by token, until it stops.
 
-        Every token is in the history before it is yielded. Raises UserError for settings out of range at once.
+        Options are those of `Engine.draw`; `tick` is told how far the reading is. Every token is in the history before
+        it is yielded. Raises UserError for settings out of range at once.
         """
-        stretches = self.stretches(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            tokens_per_sync=tokens_per_sync,
-            tick=tick,
-        )
-        return _one_by_one(stretches)
+        return _one_by_one(self.stretches(tick=tick, **options))
 
-    def stretches(
-        self,
-        *,
-        max_tokens: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 42,
-        tokens_per_sync: int = 8,
-        tick: Tick = lambda tokens: None,
-    ) -> Iterator[list[Event]]:
+    def stretches(self, *, tick: Tick = lambda tokens: None, **options) -> Iterator[list[Event]]:
         """`answer` in steps that take the device for a moment each, so that many sessions can share it.
 
         A step says up to `tokens_per_sync` tokens, or reads and says none. Closing the iterator ends the answer.
         """
-        if max_tokens is not None and max_tokens < 1:
-            raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
-        draw = self.engine.draw(temperature, top_k, top_p, seed + self._turns, tokens_per_sync)
+        draw = self.engine.draw(**options)
         if not len(self.tree):
             raise UserError("There is nothing to answer yet; add a message first.")
-        return self._answer(draw, max_tokens, tick)
+        return self._answer(draw._replace(seed=draw.seed + self._turns), tick)
 
-    def _answer(self, draw, max_tokens: int | None, tick: Tick) -> Iterator[list[Event]]:
+    def _answer(self, draw: Draw, tick: Tick) -> Iterator[list[Event]]:
         for tokens in self.reading():
             tick(tokens)
             yield []
-        room = self.memory.capacity - self.memory.tokens
-        limit = min(room, max_tokens or room)
+        limit = self.limit(draw.max_tokens)
         try:
             limit_1 = np.array([limit], np.int32)
-            yield from self.engine.stretches(self.state(limit), limit_1, draw, max_tokens, between=self)
+            yield from self.engine.stretches(self.state(limit), limit_1, draw, between=self)
         finally:
             self._turns += 1
             if self.folder:
                 self._write_snapshot(small=True)
+
+    def limit(self, max_tokens: int | None) -> int:
+        """Tokens that an answer may have here."""
+        room = self.memory.capacity - self.memory.tokens
+        return min(room, max_tokens or room)
 
     def state(self, limit: int) -> State:
         """What the engine goes on from, for at most `limit` tokens; everything has been read."""

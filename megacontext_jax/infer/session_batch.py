@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megacontext_jax.errors import UserError
-from megacontext_jax.infer.engine import Event, State
+from megacontext_jax.infer.engine import Draw, Event, State
 from megacontext_jax.infer.session import Session
 
 
@@ -43,31 +43,20 @@ class _Together:
         return state._replace(cache=cache, logits_BV=logits_BV)
 
 
-def answer_together(
-    sessions: Sequence[Session],
-    *,
-    max_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 42,
-    tokens_per_sync: int = 8,
-) -> Iterator[Event]:
+def answer_together(sessions: Sequence[Session], **options) -> Iterator[Event]:
     """As `Session.answer` for sessions of one `ChatModel`; the row of an event is the place of its session.
 
     Raises UserError for settings out of range, and if a session has nothing to answer.
     """
     if not sessions or any(not len(session) for session in sessions):
         raise UserError("There is a session with nothing to answer; add a message first.")
-    if max_tokens < 1:
-        raise UserError(f"--max-tokens {max_tokens} must be at least 1.")
-    engine = sessions[0].engine
-    return _run(sessions, engine, engine.draw(temperature, top_k, top_p, seed, tokens_per_sync), max_tokens)
+    return _run(sessions, sessions[0].engine.draw(**options))
 
 
-def _run(sessions, engine, draw, max_tokens: int) -> Iterator[Event]:
+def _run(sessions: Sequence[Session], draw: Draw) -> Iterator[Event]:
     for session in sessions:
         session.read()
-    limits = [min(session.memory.capacity - session.memory.tokens, max_tokens) for session in sessions]
+    limits = [session.limit(draw.max_tokens) for session in sessions]
     states = [session.state(limit) for session, limit in zip(sessions, limits, strict=True)]
-    yield from engine.run(_join(states), np.array(limits, np.int32), draw, max_tokens, _Together(sessions))
+    engine = sessions[0].engine
+    yield from engine.run(_join(states), np.array(limits, np.int32), draw, _Together(sessions))

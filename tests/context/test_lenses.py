@@ -1,5 +1,7 @@
 """The lenses that score a working context, and the context that a lens leaves."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,3 +199,18 @@ def test_focus_keeps_the_budget_and_covers_every_token(objective, params, ids_BT
         if lens == "oracle":
             assert (edits > 0).all()
             assert fact.any(1).all()  # raw at last
+
+
+def test_further_than_a_row_of_training_looks_as_far_as_its_end(objective, params):
+    """A lens knows no greater distances; within a row they matter."""
+    far_context = replace(objective.context, positions="rank")
+    objective = replace(objective, context=far_context)
+    x_1WC = jax.random.normal(jax.random.key(0), (1, 8, objective.cfg.n_embd))
+
+    def scores(gap: int):
+        node_1W = np.concatenate([np.arange(4), gap + np.arange(4)])[None]
+        layout = Layout(np.zeros((1, 8), np.int32), node_1W, np.ones((1, 8), bool))
+        return jit(objective.entry_scores)(params, x_1WC, layout, None)[0]
+
+    np.testing.assert_array_equal(scores(3 * T), scores(100 * T))
+    assert np.abs(scores(10) - scores(3 * T)).max() > 1e-4

@@ -593,6 +593,7 @@ def test_refusals_of_create(saved, tmp_path):
     for bad, sentence in (
         ({"block": 1}, "block 1"),
         ({"width": 1 << 16}, "width 65536"),
+        ({"max_levels": -1}, "max_levels -1"),
         ({"dtype": "float64"}, "cannot be stored as 'float64'"),
         ({"dtype": "gist"}, "cannot be stored as 'gist'"),
         ({"model_name": "ü" * 17}, "longer than 32 bytes"),

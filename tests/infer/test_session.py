@@ -1,5 +1,6 @@
 """Sessions: what they say is what whole sequences would, whatever was appended and edited; what is kept, and where."""
 
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
@@ -86,10 +87,16 @@ def test_nothing_before_an_edit_is_computed_again():
     with chat.new_session() as session:
         session.append(np.arange(60, dtype=np.uint32))
         session.read()
-        before = session.memory.statistics()
+        before, keys = session.memory.statistics(), np.asarray(session.memory.cache.k[0])
+        shown = list(zip(session.memory._level, session.memory._node, strict=True))
         session.append(np.arange(3, dtype=np.uint32))
         session.read()
         after = session.memory.statistics()
+        now = list(zip(session.memory._level, session.memory._node, strict=True))
+        same = next(i for i, (a, b) in enumerate(zip(shown, now, strict=False)) if a != b)
+        first = min(same, len(now) - session.memory._queries)
+        assert first > 0
+        np.testing.assert_array_equal(session.memory.cache.k[0][:, :, :first], keys[:, :, :first])
         # the queries that tell where the model looks are always made anew
         assert after["recomputed"]["append"] - before["recomputed"]["append"] <= 3 + session.memory._queries
 
@@ -175,6 +182,7 @@ def test_short_conversations_are_those_of_the_plain_engine():
             session.append(prompt)
             said = [e.token for e in session.answer(max_tokens=12, temperature=0.0)]
             rows, _ = chat.engine.generate_batch([prompt], max_tokens=12, temperature=0.0)
+            assert len(rows[0]) - len(prompt) > 5
             assert said[: len(rows[0]) - len(prompt)] == rows[0][len(prompt) :]
 
 
@@ -232,6 +240,10 @@ def test_a_session_of_another_model_is_refused(tmp_path):
     rows_chat().new_session(tmp_path / "a").close()
     with pytest.raises(UserError, match="gist attention, and this is tiny, step 1, plain"):
         plain_chat().session(tmp_path / "a")
+    again = rows_chat()
+    moved = jax.tree.map(lambda x: x + 1 if x.dtype.kind == "f" else x, again.model.params)
+    with pytest.raises(UserError, match="this model with other weights or precision"):
+        replace(again, model=again.model._replace(params=moved)).session(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("mine")
     with pytest.raises(UserError, match="no session"):

@@ -41,19 +41,21 @@ def kill_after(process, delay: float) -> None:
 
 def storm(kind: str, folder, kills: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    chat, killed, turn = CHATS[kind](), 0, 0
+    chat, killed, turn, told = CHATS[kind](), 0, 0, 0
     while killed < kills:
         talk = folder / f"talk{turn}"
         done = False
         while not done and killed < kills:
             acknowledged, done = run_and_kill(kind, talk, int(rng.integers(1 << 30)), rng.exponential(1.5))
             killed += not done
+            told += len(acknowledged)
             with chat.open_session(talk, say=lambda text: None) as session:
                 kept = session.tree.tokens().tolist()
                 assert kept[: len(acknowledged)] == acknowledged
                 session.read()
                 assert session.memory.tokens == len(kept) <= LONGEST
         turn += 1
+    assert told > 0
 
 
 @pytest.mark.parametrize("kind", CHATS)

@@ -32,7 +32,9 @@ class Server:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(web, name)} must be at least {least}.")
         if options.max_tokens < 1:
             raise UserError(f"--max-tokens {options.max_tokens} must be at least 1.")
-        chat.engine.draw(options.temperature, options.top_k, options.top_p, 0)  # refuses what is out of range
+        chat.engine.draw(
+            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
+        )  # refuses what is out of range
         self.chat, self.web = chat, web
         self.patience = web.slow_seconds
         self.defaults = work.Ask(
