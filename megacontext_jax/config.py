@@ -246,6 +246,9 @@ class MegaContextConfig:
     mc_infer_edit_cost: float = option(
         0.2, "score that an edit must gain per share of the context behind it, made anew", free=True
     )
+    mc_infer_recompute: float = option(
+        1.5, "entries that edits on the way may make anew, per decoded token on average", free=True
+    )
     # memory and telemetry
     mc_auto_batch: bool = option(
         True, "fit micro-batches to the memory the compiled step asks for", free=True

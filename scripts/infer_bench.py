@@ -8,8 +8,9 @@
 First the static card: weights, cache, what reading both takes (the floor of a token). Then, for every length of
 history, a random text is read and an answer is timed. One JSON line per length: history, kind, ms_per_token_p50, _p99,
 _mean, ttft_s (a message of 16 tokens to the first token of the answer), read_tokens_per_s, refocus_ms, settle_share
-(the host's and the lens's share of the time), device_bytes (all live arrays), tree_bytes. A plain model ends at its
-window and is timed there.
+(the host's and the lens's share of the time), device_bytes (all live arrays), tree_bytes; times_plain: over the time of the same weights
+with a plain cache of as many slots, in turns of 64 tokens; with --mc how many refocuses looked (refocuses), had nothing
+that they could pay for (unpaid), and edited (expands, collapses). A plain model ends at its window and is timed there.
 """
 
 import json
@@ -19,7 +20,7 @@ from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main, whole_numbers
 from megacontext_jax.config import Config
 from megacontext_jax.errors import UserError
-from megacontext_jax.infer.bench import MESSAGE, Words, card, measure, plain_twin
+from megacontext_jax.infer.bench import ROUND, Words, card, measure, plain_plan
 from megacontext_jax.infer.chat_model import ChatModel
 from megacontext_jax.infer.load import load_chat, random_chat
 from megacontext_jax.telemetry import hardware
@@ -39,20 +40,15 @@ def main(argv: list[str]) -> None:
     for chat in chats:
         print(f"\n{chat.name}, {chat.kind}")
         print("\n".join(card(chat).lines()))
-        print(f"{'history':>10} {'read/s':>9} {'first':>9} {'p50':>9} {'p99':>9} {'mean':>9} {'device':>10}")
+        print(
+            f"{'history':>10} {'read/s':>9} {'first':>9} {'p50':>9} {'p99':>9} {'mean':>9} {'device':>10} {'plain':>7}"
+        )
+        timed, lengths_here = config.bench.bench_tokens, sorted(set(lengths))
         if chat.kind == "plain":
-            timed, longest = plain_plan(chat, config.bench.bench_tokens)
+            timed, longest = plain_plan(chat, timed)
             lengths_here = [min(longest, max(lengths))]
         else:
-            twin = plain_twin(chat, card(chat).slots)
-            timed, longest = plain_plan(twin, config.bench.bench_tokens)
-            measure(twin, longest, timed)  # compiles
-            plain = measure(twin, longest, timed)
-            print(
-                f"the same weights with a plain cache of as many slots: {plain['ms_per_token_mean']:.3f} ms per token"
-            )
-            timed, lengths_here = config.bench.bench_tokens, sorted(set(lengths))
-            measure(chat, min(3000, max(lengths)), 64)  # compiles
+            measure(chat, min(3000, max(lengths)), 2 * ROUND)  # compiles
         for history in lengths_here:
             with Progress("reading", history, unit="tokens") as progress:
                 told = 0
@@ -63,21 +59,13 @@ def main(argv: list[str]) -> None:
                     told = tokens
 
                 found = measure(chat, history, timed, tick)
-            if chat.kind != "plain":
-                found["times_plain"] = found["ms_per_token_mean"] / plain["ms_per_token_mean"]
             print(
                 f"{history:>10,} {found['read_tokens_per_s']:>9,.0f} {1e3 * found['ttft_s']:>6.1f} ms "
                 f"{found['ms_per_token_p50']:>6.3f} ms {found['ms_per_token_p99']:>6.3f} ms "
                 f"{found['ms_per_token_mean']:>6.3f} ms {found['device_bytes'] / 1e6:>7.2f} MB"
+                + (f" {found['times_plain']:>6.2f}x" if "times_plain" in found else "")
             )
             print(json.dumps(found))
-
-
-def plain_plan(chat: ChatModel, tokens: int) -> tuple[int, int]:
-    """(tokens to time, history before them) that fill the window of a plain model."""
-    window = chat.model.decoder.window
-    tokens = min(tokens, window // 2)
-    return tokens, max(1, window - tokens - 3 * (MESSAGE + 1) - 1)
 
 
 def random_chats(config: Config) -> list[ChatModel]:

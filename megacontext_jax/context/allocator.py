@@ -31,6 +31,7 @@ class AllocatorConfig:
     cooldown: int = 2  # iterations in which what an edit made is left alone
     hysteresis: float = 0.2  # score that a swap must gain
     edit_cost: float = 0.0  # score per share of the context behind the edit, whose cache it invalidates
+    slack: int = 0  # entries below the budget to which forced collapses go on, so that they come seldom
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -59,17 +60,19 @@ def new_focus(layout: Layout, cfg: AllocatorConfig) -> Focus:
 
 
 def refocus(
-    focus: Focus, score_BW, cfg: AllocatorConfig, *, budget, tokens, key=None
+    focus: Focus, score_BW, cfg: AllocatorConfig, *, budget, tokens, first=0, key=None
 ) -> tuple[Focus, EditStats]:
-    """One iteration. `budget` (entries) and `tokens` (of the whole history) are numbers or [B].
+    """One iteration. `budget` (entries), `tokens` (of the whole history) and `first` are numbers or [B].
 
     Scores (finite) above 0 ask to expand, below 0 to collapse. Within the budget at most `max_replacements` edits
     are made, the most wanted expansions first; one that does not fit is paid for by the most wanted collapse, if
     the two scores are `hysteresis` apart. Nothing collapses for its own sake. A budget above the places there are
     counts as these.
 
-    Over the budget nothing expands, and the lowest groups collapse until it is met or nothing is left to
-    collapse: thresholds, cooldown and `max_replacements` are wishes, the budget is not (`_fit`).
+    Nothing before place `first` is edited, because the caller cannot pay for what lies behind it.
+
+    Over the budget nothing expands, and the lowest groups collapse until it is met with `slack` or nothing is left
+    to collapse: thresholds, cooldown, `max_replacements` and `first` are wishes, the budget is not (`_fit`).
 
     `key` is one key or one for each row; only "stochastic_greedy" draws (of key 0 where none is given).
     """
@@ -82,35 +85,42 @@ def refocus(
     fitted, forced_B = jax.lax.cond(
         within_B.all(),
         lambda: (older, jnp.zeros(B, jnp.int32)),
-        lambda: _fit(older, score_BW, cfg, budget_B, limit_B1),
+        lambda: _fit(older, score_BW, cfg, jnp.where(within_B, budget_B, budget_B - cfg.slack), limit_B1),
     )
     most_B = jnp.where(within_B, cfg.max_replacements, 0)
     room_B = jnp.minimum(budget_B, W) - before_B
-    expand_BW, collapse_BW = _select(fitted, score_BW, cfg, room_B, most_B, limit_B1, key)
+    open_BW = jnp.arange(W) >= jnp.broadcast_to(jnp.asarray(first, jnp.int32), (B,))[:, None]
+    expand_BW, collapse_BW = _select(fitted, score_BW, cfg, room_B, most_B, limit_B1, open_BW, key)
     after = Focus(*apply_edits(*fitted, expand_BW, collapse_BW, cfg.block))
     expands_B, collapses_B = expand_BW.sum(-1), forced_B + collapse_BW.sum(-1)
     return after, _statistics(after, expands_B, collapses_B, before_B, budget_B)
 
 
 def refocus_many(
-    focus: Focus, score, cfg: AllocatorConfig, *, budget, tokens, iterations: int, key=None
+    focus: Focus, score, cfg: AllocatorConfig, *, budget, tokens, iterations: int, first=0, key=None
 ) -> tuple[Focus, EditStats]:
     """`iterations` of `refocus`, each with fresh scores `score(layout)` [B, W]; edits and swap rates are summed,
-    the other statistics are those of the end."""
+    the other statistics are those of the end. What an iteration edits opens all that lies behind it to the next."""
     B = focus.age_BW.shape[0]
     key_B = _row_keys(key, B)
     none_B = jnp.zeros(B, jnp.int32)
-    budget_B = jnp.broadcast_to(jnp.asarray(budget, jnp.int32), (B,))
+    budget_B, first_B = (jnp.broadcast_to(jnp.asarray(x, jnp.int32), (B,)) for x in (budget, first))
 
     def step(carry, i):
-        focus, total = carry
+        focus, total, first_B = carry
         key_i = jax.vmap(jax.random.fold_in, (0, None))(key_B, i)
-        focus, new = refocus(focus, score(focus.layout), cfg, budget=budget, tokens=tokens, key=key_i)
+        after, new = refocus(
+            focus, score(focus.layout), cfg, budget=budget, tokens=tokens, first=first_B, key=key_i
+        )
         summed = {name: getattr(total, name) + getattr(new, name) for name in EditStats._fields[:3]}
-        return (focus, new._replace(**summed)), None
+        edited_BW = (after.layout.level_BW != focus.layout.level_BW) | (
+            after.layout.node_BW != focus.layout.node_BW
+        )
+        edited_B = jnp.where(edited_BW.any(-1), jnp.argmax(edited_BW, axis=-1), edited_BW.shape[1])
+        return (after, new._replace(**summed), jnp.minimum(first_B, edited_B)), None
 
-    start = focus, _statistics(focus, none_B, none_B, focus.layout.count_B, budget_B)
-    return jax.lax.scan(step, start, jnp.arange(iterations))[0]
+    total = _statistics(focus, none_B, none_B, focus.layout.count_B, budget_B)
+    return jax.lax.scan(step, (focus, total, first_B), jnp.arange(iterations))[0][:2]
 
 
 def apply_edits(layout: Layout, age_BW, expand_BW, collapse_BW, block: int) -> tuple[Layout, jax.Array]:
@@ -144,15 +154,16 @@ def _rearrange(layout: Layout, expand_BW, collapse_BW, block: int):
 # --- Choice of edits ---------------------------------------------------------------------------------------
 
 
-def _select(focus: Focus, score_BW, cfg: AllocatorConfig, room_B, most_B, limit_B1, key):
-    """Marks (expand_BW, collapse_BW) of at most `most_B` edits that leave no more than `room_B` places fewer."""
+def _select(focus: Focus, score_BW, cfg: AllocatorConfig, room_B, most_B, limit_B1, open_BW, key):
+    """Marks (expand_BW, collapse_BW) of at most `most_B` edits at open places that leave no more than `room_B` places
+    fewer."""
     (layout, age_BW), K = focus, cfg.block
     B, W = score_BW.shape
     most, nothing_BW = min(cfg.max_replacements, W), jnp.zeros((B, W), bool)
     if most == 0:
         return nothing_BW, nothing_BW
     cost_BW = _cost(layout, cfg)
-    rested_BW = layout.valid_BW & (age_BW > cfg.cooldown)  # ages count this iteration already
+    rested_BW = open_BW & layout.valid_BW & (age_BW > cfg.cooldown)  # ages count this iteration already
     gain_BW = score_BW - cost_BW
     expand_BW = rested_BW & (layout.level_BW > 0) & (gain_BW >= cfg.expand_threshold)
     loss_BW = _window_sum(score_BW, K) / K + cost_BW

@@ -52,6 +52,7 @@ class FocusConfig:
     iterations: int = 2  # rounds of edits of a refocus on the way, by one look
     rebuild_iterations: int = 8  # most of one before an answer
     rebuild_edits: int = 4  # per iteration of it
+    recompute: float = 1.5  # entries per decoded token whose keys edits on the way may make anew, on average
 
     @property
     def block(self) -> int:
@@ -117,13 +118,15 @@ def _refocus(
     looks_1QP,
     tf_1QP,
     tokens_1,
+    first,
     call,
     *,
     cfg: FocusConfig,
     allocator: AllocatorConfig,
     passes: int,
 ):
-    """One look and `passes` rounds of edits by it: (focus after them, statistics, scores before)."""
+    """One look and `passes` rounds of edits by it, at the place `first` or behind, the budget aside: (focus after them,
+    statistics, scores before)."""
     layout, key = piece.layout, jax.random.key(call)
     mass_1P = looks_1QP.sum(1)
     match cfg.lens:
@@ -152,6 +155,7 @@ def _refocus(
         budget=cfg.budget,
         tokens=tokens_1,
         iterations=passes,
+        first=first,
         key=key,
     )
     return focus, stats, scores_1P
@@ -171,8 +175,8 @@ def _let_go(params, piece: Piece, age_1P, tokens_1, *, cfg: FocusConfig) -> Focu
     """The context within its budget, by LensNet's scores of what the entries hold."""
     x_1PC = _rows(params["train"], piece, cfg.decoder.dtype)
     scores_1P = cfg.objective.entry_scores(params["train"], x_1PC, piece.layout, None)
-    # it has read no question: nothing opens
-    allocator = replace(cfg.allocator, max_replacements=0)
+    # it has read no question: nothing opens, and what is let go of could not come back
+    allocator = replace(cfg.allocator, max_replacements=0, slack=0)
     return refocus(Focus(piece.layout, age_1P), scores_1P, allocator, budget=cfg.budget, tokens=tokens_1)[0]
 
 
@@ -203,6 +207,7 @@ class FocusMemory:
         self._scores = np.zeros(0, np.float32)
         self.tokens = 0
         self._since = 0  # tokens since the last refocus
+        self._credit = 0.0  # entries that edits on the way may make anew
         self._occurrences = Occurrences()
         self._new_cache()
 
@@ -229,7 +234,7 @@ class FocusMemory:
             self._lay_out_anew(len(tree))
         else:
             self._append_raw(len(tree))
-        self._since = 0
+        self._since, self._credit = 0, 0.0
         self._bring_up(tree, "append")
         yield self.tokens
         # a gist may open level by level
@@ -248,11 +253,27 @@ class FocusMemory:
         self._ready += count
         self._since += count
         self.recomputed["append"] += count
+        self._credit = min(self._credit + self.cfg.recompute * count, self.cfg.places)
         if self._since >= self.cfg.interval:
             self._since = 0
-            for _ in tree.complete():
-                pass
-            self._iterate(tree, self.cfg.allocator, self.cfg.iterations)
+            self._refocus_on_the_way(tree)
+
+    def _refocus_on_the_way(self, tree: TreeStore) -> None:
+        """Edits what the tokens since have paid for; early edits, with most behind them, wait the longest."""
+        count, recent = len(self._level), self.cfg.allocator.recent
+        first = max(0, count - int(self._credit))
+        if (
+            count <= self.cfg.budget
+            and first > count - recent - self.cfg.block
+            and not self._level[first:].any()
+        ):
+            self.edits["unpaid"] += (
+                1  # there is nothing behind `first` that may be edited, whatever the lens says
+            )
+            return
+        before = sum(self.recomputed.values())
+        self._iterate(tree, self.cfg.allocator, self.cfg.iterations, first)
+        self._credit = max(0.0, self._credit - (sum(self.recomputed.values()) - before))
 
     def regions(self) -> list[Region]:
         """Runs of entries of one level, oldest first."""
@@ -411,8 +432,9 @@ class FocusMemory:
             first = stop
         self._ready = count
 
-    def _iterate(self, tree: TreeStore, allocator: AllocatorConfig, passes: int = 1) -> bool:
-        """One look of the lens, the edits it asks for, the keys anew behind them; whether there were any.
+    def _iterate(self, tree: TreeStore, allocator: AllocatorConfig, passes: int = 1, first: int = 0) -> bool:
+        """One look of the lens, the edits it asks for at `first` or behind, the keys anew behind them; whether there
+        were any.
 
         Over the budget the first pass only collapses; expansions take a second one.
         """
@@ -430,6 +452,7 @@ class FocusMemory:
                 self.cache.looks_BQS,
                 tf_1QP,
                 np.array([self.tokens], np.int32),
+                np.int32(first),
                 np.uint32(self._calls),
                 cfg=self.cfg,
                 allocator=allocator,
@@ -444,6 +467,8 @@ class FocusMemory:
         if not self._keep(focus):
             return False
         self._scores = np.zeros(0, np.float32)
+        for _ in tree.complete():  # what has just collapsed may be shown for the first time
+            pass
         self._bring_up(tree, "expand" if expands else "collapse")
         return True
 

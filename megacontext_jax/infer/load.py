@@ -156,6 +156,8 @@ def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
     _check_decodable(model)
     if opts.mc_infer_refocus_interval < 1:
         raise UserError(f"--mc-infer-refocus-interval {opts.mc_infer_refocus_interval} must be at least 1.")
+    if not opts.mc_infer_recompute >= 0:
+        raise UserError(f"--mc-infer-recompute {opts.mc_infer_recompute} must be at least 0.")
     allocator = replace(
         context_setup.allocator_config(opts, context.context, T),
         max_level=max(context.context.levels, levels_for(context.context.block)),
@@ -172,6 +174,8 @@ def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
             "--allocator-recent-tokens."
         )
     budget = max(budget, least)
+    # a context that overflows is cut back far enough for the two refocuses after it
+    allocator = replace(allocator, slack=min(2 * opts.mc_infer_refocus_interval, budget - least))
     iterations = context_setup.iterations(opts)
     return FocusConfig(
         GPTDecoder(model.cfg, model.objective.attention.fn, np.dtype(model.objective.dtype)),
@@ -183,6 +187,7 @@ def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
         max(1, iterations),
         rebuild if rebuild >= 0 else allocator.max_level + 2,
         edits if edits >= 0 else allocator.max_replacements,
+        opts.mc_infer_recompute,
     )
 
 

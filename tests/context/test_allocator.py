@@ -33,6 +33,7 @@ CHOICES = {
     "hysteresis": (0.2, 0.0),
     "edit_cost": (0.0, 0.3),
     "cooldown": (0, 1),
+    "slack": (0, 9),
 }
 
 
@@ -54,9 +55,9 @@ def fewest(shape) -> int:
 
 
 @partial(jax.jit, static_argnames=("shape", "kind", "most", "top_k"))
-def step(focus, score_BW, budget_B, key, wishes, *, shape, kind="greedy", most=5, top_k=4):
+def step(focus, score_BW, budget_B, key, wishes, first_B=0, *, shape, kind="greedy", most=5, top_k=4):
     cfg = config(shape, wishes, kind=kind, max_replacements=most, top_k=top_k)
-    return refocus(focus, score_BW, cfg, budget=budget_B, tokens=shape[0], key=key)
+    return refocus(focus, score_BW, cfg, budget=budget_B, tokens=shape[0], first=first_B, key=key)
 
 
 apply = jax.jit(apply_edits, static_argnames="block")
@@ -176,13 +177,14 @@ def plain_groups(entries, cfg: AllocatorConfig, tokens: int) -> list[int]:
     return found
 
 
-def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: int):
+def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: int, first: int):
     """One row, rule by rule: entries [(level, node, age)] after a greedy iteration."""
     K, N = cfg.block, len(entries)
     cost = [cfg.edit_cost * (1 - i / N) for i in range(N)]
     means = {i: sum(scores[i : i + K]) / K for i in plain_groups(entries, cfg, tokens)}
     if budget < N:
         aged = [(level, node, age + 1) for level, node, age in entries]
+        budget -= cfg.slack
         while len(aged) > budget:
             groups = plain_groups(aged, cfg, tokens)
             groups.sort(key=lambda i: max(scores[i : i + K]) + cfg.edit_cost * (1 - i / len(aged)))
@@ -199,7 +201,7 @@ def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: in
             ]
             aged = plain_edits(aged, (), down, K)
         return aged
-    rested = [age >= cfg.cooldown for *_, age in entries]
+    rested = [age >= cfg.cooldown and i >= first for i, (*_, age) in enumerate(entries)]
     gain = {
         i: scores[i] - cost[i]
         for i in range(N)
@@ -234,6 +236,7 @@ GRID = {
     "hysteresis": 0.5,
     "edit_cost": 0.0,
     "cooldown": 1,
+    "slack": 5,
 }
 FINE = {
     "expand_threshold": 0.1,
@@ -241,6 +244,7 @@ FINE = {
     "hysteresis": 0.2,
     "edit_cost": 0.3,
     "cooldown": 2,
+    "slack": 0,
 }
 
 
@@ -260,10 +264,13 @@ def test_it_does_what_the_rules_say(shape, wishes):
         budget = np.where(draw.random(ROWS) < 0.7, np.asarray(focus.layout.count_B) + block // 2, budget)
         budget = np.minimum(budget, places)
         before = rows_of(focus.layout, focus.age_BW)
-        focus, stats = step(focus, score, budget.astype(np.int32), None, wishes, shape=shape)
+        first = np.where(draw.random(ROWS) < 0.5, 0, draw.integers(0, places, ROWS)).astype(np.int32)
+        focus, stats = step(focus, score, budget.astype(np.int32), None, wishes, first, shape=shape)
         for row, found in enumerate(rows_of(focus.layout, focus.age_BW)):
             scores = score[row].astype(float).tolist()
-            assert found == plain_refocus(before[row], scores, cfg, int(budget[row]), tokens), row
+            assert found == plain_refocus(
+                before[row], scores, cfg, int(budget[row]), tokens, int(first[row])
+            ), row
         swaps += int(((stats.expands_B > 0) & (stats.collapses_B > 0)).sum())
         forced += int((stats.collapses_B > stats.expands_B).sum())
     assert min(swaps, forced) > 20
@@ -373,14 +380,14 @@ def small_scores(scores: dict):
     return row.at[0, jnp.asarray(list(scores), int)].set(jnp.asarray(list(scores.values()), jnp.float32))
 
 
-def edit(scores: dict, budget=20, age=None, most=5, **changes):
+def edit(scores: dict, budget=20, age=None, most=5, first=0, **changes):
     """(expansions, collapses) of one iteration; `age` is the place of an entry that was just made."""
     focus = new_focus(small(), config(SMALL, DEFAULTS | changes))
     if age is not None:
         focus = focus._replace(age_BW=focus.age_BW.at[0, age].set(0))
     budget_B = jnp.asarray([budget], jnp.int32)
     after, stats = step(
-        focus, small_scores(scores), budget_B, None, DEFAULTS | changes, shape=SMALL, most=most
+        focus, small_scores(scores), budget_B, None, DEFAULTS | changes, first, shape=SMALL, most=most
     )
     assert int(after.layout.count_B[0]) == 20 + 3 * int(stats.expands_B[0] - stats.collapses_B[0])
     return int(stats.expands_B[0]), int(stats.collapses_B[0])
@@ -439,6 +446,37 @@ def test_edit_cost():
     late = dict.fromkeys(range(6, 10), -0.4)
     assert edit({11: 0.9} | dict.fromkeys(range(2, 6), -0.4), edit_cost=0.4) == (0, 0)
     assert edit({11: 0.9} | late, edit_cost=0.4) == (1, 1)
+
+
+def test_what_cannot_be_paid_for_waits():
+    low, late = LOW | {0: 0.9}, dict.fromkeys(range(6, 10), -0.5) | {11: 0.9}
+    assert edit(low, first=1) == (0, 0)
+    assert edit(low, first=0) == (1, 1)
+    assert edit(late, first=6) == (1, 1)
+    assert edit(late, first=7) == (0, 0)  # the group begins before it
+    assert edit({}, budget=17, first=20) == (0, 1)  # the budget is no wish
+
+
+def test_an_edit_opens_what_lies_behind_it():
+    cfg = config(SMALL, DEFAULTS | {"cooldown": 0})
+
+    def score(layout):  # the raw blocks should go, the gist of tokens 16..19 should open
+        start_BW = layouts.starts(layout, 4)
+        return jnp.where(
+            start_BW < 8, 0.0, jnp.where(start_BW < 12, -0.9, jnp.where(start_BW < 16, -0.5, 0.0))
+        ) + (0.9 * (start_BW == 16))
+
+    for budget, iterations, edits in ((20, 2, (0, 0)), (17, 1, (0, 1)), (17, 2, (1, 2))):
+        _, stats = refocus_many(
+            new_focus(small(), cfg), score, cfg, budget=budget, tokens=32, first=20, iterations=iterations
+        )
+        assert (int(stats.expands_B[0]), int(stats.collapses_B[0])) == edits
+
+
+def test_slack_makes_forced_collapses_seldom():
+    assert edit({}, budget=19) == (0, 1)
+    assert edit({}, budget=19, slack=5) == (0, 2)
+    assert edit({}, budget=20, slack=5) == (0, 0)  # within the budget nothing is forced
 
 
 def test_no_group_collapses_around_an_expansion():

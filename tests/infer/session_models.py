@@ -45,7 +45,8 @@ def focus_chat(
         hysteresis=-2.0,
     )
     decoder = GPTDecoder(objective.cfg, objective.base.attention.fn)
-    cfg = FocusConfig(decoder, objective, allocator, BUDGET, lens, **({"interval": 8} | options))
+    options = {"interval": 8, "recompute": 8.0} | options
+    cfg = FocusConfig(decoder, objective, allocator, BUDGET, lens, **options)
     model = Model(decoder, prepare_params(params, np.dtype("float32")))
     return ChatModel(TOK, "tiny, step 1", model, cfg, params)
 

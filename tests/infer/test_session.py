@@ -101,6 +101,26 @@ def test_nothing_before_an_edit_is_computed_again():
         assert after["recomputed"]["append"] - before["recomputed"]["append"] <= 3 + session.memory._queries
 
 
+def test_edits_on_the_way_wait_until_they_are_paid_for():
+    made = {}
+    for recompute in (0.0, 1.0, 1e9):
+        chat = focus_chat(recompute=recompute, iterations=1)
+        allocator = replace(chat.focus.allocator, slack=8)
+        chat = replace(chat, focus=replace(chat.focus, allocator=allocator))
+        with chat.new_session() as session:
+            session.append(np.arange(100, dtype=np.uint32))
+            session.read()
+            before = session.memory.statistics()["recomputed"]
+            list(session.answer(max_tokens=100, temperature=1.5, seed=3))
+            after = session.memory.statistics()
+            made[recompute] = sum(
+                after["recomputed"].get(why, 0) - before.get(why, 0) for why in ("expand", "collapse")
+            )
+            assert (after.get("unpaid", 0) > 0) == (recompute < 1e9)
+            assert after["collapses"] > 0  # the budget is kept whatever it costs
+    assert made[0.0] < made[1.0] < made[1e9]
+
+
 @pytest.mark.parametrize("arch", ["pocket", "latest"])
 def test_gist_attention_says_what_it_would_as_a_whole(arch):
     assert rows_against_whole(rows_chat(arch), range(2), 8) < 1e-4
