@@ -30,9 +30,11 @@ def main(argv: list[str]) -> int | None:
     prompt = config.chat.prompt or (config.chat.demo and config.chat.demo_prompt)
     document = piped_text() if prompt and not config.chat.demo else ""
     runtime.start(config.run)
-    chat = load_chat(config)
     folder = Path(config.chat.session) if config.chat.session else None
-    with chat.session(folder, say=lambda text: print(text, file=sys.stderr)) as session:
+    with (
+        load_chat(config).watched() as chat,
+        chat.session(folder, say=lambda text: print(text, file=sys.stderr)) as session,
+    ):
         loop = ChatLoop(session, config.chat, new=lambda: chat.new_session(), seed=config.run.seed)
         if prompt:
             return loop.answer_once(prompt, document)

@@ -31,14 +31,15 @@ def main(argv: list[str]) -> int | None:
     if config.chat.prompt or config.chat.demo:
         raise UserError("--prompt and --demo belong to chat_cli; this is a server.")
     runtime.start(config.run)
-    server = Server(load_chat(config), config.web, config.chat)
-    where = f"kept in {config.web.sessions}" if config.web.sessions else "in memory until the server ends"
-    print(f"{server.chat.name} ({server.chat.kind}) on {server.device}; conversations are {where}.")
-    if note := server.memory_note():
-        print(f"Note: {note}", file=sys.stderr)
-    if config.web.host not in ("127.0.0.1", "::1", "localhost"):
-        print("Note: everyone who reaches this machine can use the server.", file=sys.stderr)
-    serve(server, lambda line: print(line, flush=True))
+    with load_chat(config).watched() as chat:
+        server = Server(chat, config.web, config.chat)
+        where = f"kept in {config.web.sessions}" if config.web.sessions else "in memory until the server ends"
+        print(f"{server.chat.name} ({server.chat.kind}) on {server.device}; conversations are {where}.")
+        if note := server.memory_note():
+            print(f"Note: {note}", file=sys.stderr)
+        if config.web.host not in ("127.0.0.1", "::1", "localhost"):
+            print("Note: everyone who reaches this machine can use the server.", file=sys.stderr)
+        serve(server, lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

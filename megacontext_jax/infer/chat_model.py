@@ -1,9 +1,12 @@
 """A trained model that holds conversations: makes sessions of its kind, all sharing weights and compiled programs."""
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,6 +25,9 @@ from megacontext_jax.infer.memory import LONGEST, Memory, TokenMemory
 from megacontext_jax.infer.model import Model
 from megacontext_jax.infer.session import ABOUT, TREE, About, Session
 from megacontext_jax.model import gpt
+from megacontext_jax.telemetry.otel import open_otel
+
+Event = Callable[[str, dict[str, Any], str], None]  # name, fields, session_id
 
 
 def levels_for(block: int, tokens: int = LONGEST) -> int:
@@ -48,6 +54,7 @@ class ChatModel:
     model: Model
     focus: FocusConfig | None = None
     params: dict | None = None  # with `focus`: GistNet, LensNet and the embeddings, as in training
+    event: Event | None = None  # is told of what working contexts do
 
     @cached_property
     def engine(self) -> Engine:
@@ -64,9 +71,24 @@ class ChatModel:
         return About(f"{self.name}, {self.kind}", digest(self.model.params, ("wte",)), self.tokenizer.digest)
 
     def memory(self) -> Memory:
-        if self.focus:
-            return FocusMemory(self.focus, {"decode": self.model.params, "train": self.params})
-        return TokenMemory(self.model)
+        if self.focus is None:
+            return TokenMemory(self.model)
+        parts = {"decode": self.model.params, "train": self.params}
+        if self.event is None:
+            return FocusMemory(self.focus, parts)
+        return FocusMemory(self.focus, parts, partial(self.event, session_id=f"infer_{secrets.token_hex(6)}"))
+
+    @contextmanager
+    def watched(self) -> Iterator["ChatModel"]:
+        """The same model, whose refocuses go to OpenTelemetry where MC_OTEL_ENDPOINT asks for that."""
+        sink = open_otel("megacontext-chat", self.name)
+        if sink is None:
+            yield self
+            return
+        try:
+            yield replace(self, event=sink.event)
+        finally:
+            sink.close()
 
     def new_session(self, folder: Path | str | None = None) -> Session:
         """An empty conversation, in memory or in a new folder."""

@@ -6,16 +6,16 @@ here grows with the history but the tree.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megacontext_jax.context.allocator import AllocatorConfig, Focus, refocus, refocus_many
+from megacontext_jax.context.allocator import AllocatorConfig, EditStats, Focus, refocus, refocus_many
 from megacontext_jax.context.layout import Layout, starts, tapered_layout
 from megacontext_jax.context.lenses import bm25, standard
 from megacontext_jax.context.objective import ContextObjective
@@ -66,6 +66,9 @@ class FocusConfig:
     def places(self) -> int:
         """Slots of the cache: the budget, and what may be appended before the next refocus."""
         return self.budget + max(32, self.interval) + 32
+
+
+Watch = Callable[[str, dict[str, Any]], None]  # an event's name and fields, see telemetry.names.SPANS
 
 
 class Piece(NamedTuple):
@@ -190,9 +193,10 @@ class FocusMemory:
 
     capacity = LONGEST
 
-    def __init__(self, cfg: FocusConfig, params):
-        """`params` is {"decode": prepared weights, "train": the training pytree}."""
+    def __init__(self, cfg: FocusConfig, params, watch: Watch = lambda kind, fields: None):
+        """`params` is {"decode": prepared weights, "train": the training pytree}; `watch` is told of every refocus."""
         self.cfg = cfg
+        self._watch = watch
         self._params = params
         self.model = Model(cfg.decoder, params["decode"])
         self._queries = cfg.objective.queries
@@ -224,8 +228,7 @@ class FocusMemory:
     def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
             self._new_cache()
-        for _ in tree.complete():
-            yield self.tokens
+        yield from (self.tokens for _ in self._complete(tree))
         if len(tree) - self.tokens <= self.cfg.places - len(self._level):
             self._add_entries(len(tree) - self.tokens)
         elif self.cfg.lens == "learned":
@@ -385,6 +388,21 @@ class FocusMemory:
 
     # --- the device ---
 
+    def _complete(self, tree: TreeStore) -> Iterator[None]:
+        """Gists of all that the history has gained, in pieces."""
+        before = [tree.count(level) for level in range(tree.spec.max_levels + 1)]
+        calls = 0
+        for _ in tree.complete():
+            calls += 1
+            yield
+        if calls:
+            blocks = sum(tree.count(level) - n for level, n in enumerate(before) if level)
+            self._watch(
+                "gistnet_usage",
+                {"context": "inference", "label": "step", "calls": calls, "block_batches": blocks}
+                | {"block_tokens": blocks * self.cfg.block},
+            )
+
     def _piece(self, tree: TreeStore, first: int, stop: int, size: int) -> Piece:
         level, node = self._level[first:stop], self._node[first:stop]
         ids, before = np.zeros(size, np.int32), np.full(size, -1, np.int32)
@@ -419,6 +437,9 @@ class FocusMemory:
             return
         self.kept += first
         self.recomputed[why] += count - first
+        self._watch(
+            "kv_cache", {"reason": why, "kept": first, "recomputed": count - first, "wc_length": count}
+        )
         self.cache = self.cache._replace(length_B=jnp.array([first], jnp.int32))
         sizes = (*(s for s in PIECES if s < self.cfg.places), min(PIECES[-1], self.cfg.places))
         while first < count:
@@ -464,13 +485,43 @@ class FocusMemory:
         self.edits["expands"] += expands
         self.edits["collapses"] += collapses
         self.edits["refocuses"] += 1
+        self._tell(stats, count)
         if not self._keep(focus):
             return False
         self._scores = np.zeros(0, np.float32)
-        for _ in tree.complete():  # what has just collapsed may be shown for the first time
-            pass
+        list(self._complete(tree))  # what has just collapsed may be shown for the first time
         self._bring_up(tree, "expand" if expands else "collapse")
         return True
+
+    def _tell(self, stats: EditStats, count: int) -> None:
+        """What a look found and the edits it led to."""
+        s = jax.tree.map(lambda x_B: x_B[0].item(), stats)
+        scores = self._scores
+        self._watch(
+            "focus_allocator",
+            {
+                "tag": "inference_focus",
+                "source": self.cfg.lens,
+                "edits": s.expands_B + s.collapses_B,
+                "swap_rate": s.swap_rate_B,
+                "num_expand": s.expands_B,
+                "num_collapse": s.collapses_B,
+                "wc_length": count,
+                "utilization": s.utilization_B,
+                "residency_mean": s.residency_mean_B,
+                "residency_p95": s.residency_p95_B,
+                "score_mean": float(scores.mean()),
+                "score_std": float(scores.std()),
+                "score_max": float(scores.max()),
+                "score_min": float(scores.min()),
+            },
+        )
+        if self.cfg.lens == "learned":
+            usage = {"context": "inference", "label": "step", "batched_calls": 1, "batched_variants": 1}
+            self._watch(
+                "lensnet_usage",
+                usage | {"batched_tokens": count, "allocator_calls": 1, "allocator_tokens": count},
+            )
 
     def _term_counts(self, tree: TreeStore) -> np.ndarray:
         """How often each of the newest tokens occurs under every entry, [1, Q, P]."""

@@ -113,6 +113,12 @@ SPANS: dict[str, tuple[str, ...]] = {
         "score_max",
         "score_min",
     ),
+    "kv_cache": (
+        "reason",
+        "kept",
+        "recomputed",
+        "wc_length",
+    ),  # entries whose keys an edit left alone, or not
     "mc_tree_snapshot": ("tag", "summary", "total_tokens", "max_lod", "access"),
     "working_context_snapshot": ("tag", "length", "lods", "positions", "events"),
     "delta_nll": ("mean", "p95", "horizon"),

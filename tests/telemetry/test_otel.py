@@ -1,5 +1,6 @@
 """OpenTelemetry against real collectors in this process: an HTTP server and a gRPC server that keep what they get."""
 
+import collections
 import http.server
 import json
 import logging
@@ -21,9 +22,10 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 
 from megacontext_jax.errors import UserError
 from megacontext_jax.telemetry import otel
-from megacontext_jax.telemetry.names import METRICS
+from megacontext_jax.telemetry.names import METRICS, SPANS
 from megacontext_jax.telemetry.sinks import open_metrics, read_metrics
 from scripts import mc_otel_preflight
+from tests.infer.session_models import K, focus_chat
 
 
 @pytest.fixture(autouse=True)
@@ -466,3 +468,29 @@ class TestPreflight:
 
 def test_span_limits_do_not_cut_long_lists():
     assert len(json.loads(otel._attribute(list(range(5000))))) == 5000
+
+
+def test_what_a_working_context_does_arrives(http_collector, monkeypatch):
+    monkeypatch.setenv("MC_OTEL_ENDPOINT", http_collector.endpoint)
+    with focus_chat(lens="learned").watched() as chat, chat.new_session() as session:
+        session.append(np.arange(100, dtype=np.uint32))
+        said = len(list(session.answer(max_tokens=40, temperature=1.5, seed=3)))
+        told = session.memory.statistics()
+    found = collections.defaultdict(list)
+    for span in http_collector.spans():
+        attributes = {a.key.removeprefix("mc."): a.value for a in span.attributes}
+        assert attributes["session_id"].string_value.startswith("infer_")
+        assert attributes.keys() - {"session_id", "event_type"} <= set(SPANS[span.name])
+        found[span.name].append(attributes)
+    assert found.keys() == {"focus_allocator", "lensnet_usage", "gistnet_usage", "kv_cache"}
+
+    def total(name, field):
+        return sum(x[field].int_value for x in found[name])
+
+    assert len(found["focus_allocator"]) == len(found["lensnet_usage"]) == told["refocuses"]
+    assert total("focus_allocator", "num_expand") == told["expands"]
+    assert total("focus_allocator", "num_collapse") == told["collapses"]
+    assert total("kv_cache", "kept") == told["kept"] > 0
+    # tokens that were decoded entered the cache one by one
+    assert total("kv_cache", "recomputed") == sum(told["recomputed"].values()) - said
+    assert total("gistnet_usage", "block_tokens") >= 100 // K * K
