@@ -124,8 +124,8 @@ class StageConfig:
     )
     optimizer: str = option(
         "muon",
-        "muon (matrices) with AdamW, adamw for all, or as in a generation of nanochat",
-        choices=("muon", "adamw", "era2", "era3", "era3b", "era4", "latest"),
+        "muon (matrices) with AdamW, adamw for all, as in a generation of nanochat, or pocket (muon with decay)",
+        choices=("muon", "adamw", "era2", "era3", "era3b", "era4", "latest", "pocket"),
     )
     matrix_lr: float = option(0.02, "learning rate of the matrices")
     embedding_lr: float = option(0.2, "learning rate of the embedding")
@@ -134,7 +134,7 @@ class StageConfig:
     context_lr: float = option(0.003, "learning rate of GistNet's and LensNet's heads, with --mc")
     init_lr_frac: float = option(1.0, "factor on every learning rate")
     weight_decay: float = option(
-        0.0, "of the AdamW groups (muon, adamw); of Muon's matrices (era2 and later)"
+        0.0, "of the AdamW groups (muon, adamw); of Muon's matrices (era2 and later, pocket)"
     )
     adam_beta1: float = option(0.8, "AdamW")
     adam_beta2: float = option(0.95, "AdamW")

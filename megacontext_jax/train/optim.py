@@ -197,6 +197,7 @@ def make_optimizer(
                 dtype=ns_dtype,
                 constrain=constrain,
             ),
+            *([optax.add_decayed_weights(weight_decay)] if recipe.decay_matrices else []),
             optax.scale_by_learning_rate(schedule(opts.matrix_lr * rate_scale)),
         )
     if freeze_base:

@@ -65,6 +65,7 @@ class Recipe:
     decay_scaling: str = (
         "none"  # none; depth: (12 / depth)^2; horizon: sqrt(batch / 2^19) * tokens(d12) / tokens
     )
+    decay_matrices: bool = False  # plain decoupled decay of Muon's matrices; nanochat's is none, or cautious
     scale_rates: bool = False  # all rates times sqrt(batch / 2^19)
     count_all: bool = True  # tokens per parameter counts embeddings too; else matrices and head
 
@@ -137,6 +138,12 @@ _LATEST = replace(
     muon=replace(_ERA4.muon, equilibrate=True, renormalise=True),
     momentum=Momentum(peak=0.97, steps=400, final=0.90),
 )
+# Matrices that grow without bound turn ever more slowly, and what a model has not learned early it never learns: with
+# decay, lookup in the context forms for every seed tried (docs/performance.md). PyTorch nanochat has no such row.
+_POCKET = Recipe(
+    {name: replace(adam, decay=0.0) for name, adam in _CLASSIC.groups.items()},
+    decay_matrices=True,
+)
 
 RECIPES = {
     "muon": _CLASSIC,
@@ -146,4 +153,5 @@ RECIPES = {
     "era3b": _ERA3B,
     "era4": _ERA4,
     "latest": _LATEST,
+    "pocket": _POCKET,
 }

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from megacontext_jax.data.corpus import MANIFEST, build, built_files, mixture, python_english
 from megacontext_jax.data.corpus import build as build_function
-from megacontext_jax.data.corpus.words import CLASSES, SPELLED
+from megacontext_jax.data.corpus.words import CLASSES, NAMES, SPELLED
 from megacontext_jax.data.corpus.world import split_of, stream
 from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.errors import UserError
@@ -359,3 +360,14 @@ def test_documents_of_the_first_tenth_are_short(tokenizer):
     ]
     sizes = sorted(len(tokenizer.encode(text)) for text in texts_)
     assert sizes[len(sizes) * 9 // 10] <= 128
+
+
+def test_words_join_one_by_one_in_training():
+    def known(split: str, level: float) -> set[str]:
+        rng = random.Random(1)
+        texts = [mixture.make_document(rng, "recall", split, level, None, 0) for _ in range(300)]
+        return {word for text in texts for word in re.findall(r"[A-Za-z]+", text)} & set(NAMES)
+
+    assert len(known("train", 0.0)) == 8
+    assert known("train", 0.0) < known("train", 0.4) < known("train", 0.8)
+    assert known("train", 0.8) == known("val", 0.0) == set(NAMES)

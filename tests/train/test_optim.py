@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,21 @@ def test_orthogonalised_updates_are_nearly_orthogonal():
     singular = jnp.linalg.svd(optim.orthogonalise(g_KRQ), compute_uv=False)
     assert float(singular.max()) < 1.3
     assert float(singular.min()) > 0.4
+
+
+def test_pocket_is_muon_whose_matrices_decay():
+    cfg = GPTConfig("pocket", 16, 64, n_layer=2, n_head=1, n_kv_head=1, n_embd=16)
+    params = make_objective(cfg, attention_impl="auto", dtype="float32").init(jax.random.key(0))
+    grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), params)
+    updates = {}
+    for name, decay in (("muon", 0.0), ("pocket", 0.3)):
+        opts = StageConfig(optimizer=name, matrix_lr=0.02, weight_decay=decay)
+        optimizer = optim.make_optimizer(opts, cfg, schedules(opts, RECIPES[name], 10, first_stage=True))
+        updates[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    expected = updates["muon"] | {
+        "h": jax.tree.map(lambda u, w: u - 0.02 * 0.3 * w, updates["muon"]["h"], params["h"])
+    }
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-8), updates["pocket"], expected)
 
 
 def test_accumulated_micro_batches_equal_one_batch():

@@ -18,7 +18,7 @@ from megacontext_jax.data.corpus.world import stream
 from megacontext_jax.errors import UserError
 from megacontext_jax.files import atomic_path, remove_stale_scratch, write_bytes
 
-GENERATOR_VERSION = 6
+GENERATOR_VERSION = 7
 MANIFEST = "manifest.json"
 _ROW_GROUP = 1024
 _HELD_OUT_ROW_GROUP = 32  # small sets, and each process of a run takes whole row groups

@@ -33,18 +33,22 @@ _SCHEMAS = (
 )
 
 
-def _pairs(rng: random.Random, n: int, schema: tuple | None = None) -> tuple[list[str], list[str]]:
-    keys, values = schema or _SCHEMAS[int(rng.random() * len(_SCHEMAS))]
+def _pairs(rng: random.Random, n: int, words: float) -> tuple[list[str], list[str]]:
+    keys, values = (_in_use(a_class, words) for a_class in _SCHEMAS[int(rng.random() * len(_SCHEMAS))])
     return rng.sample(keys, min(n, len(keys))), rng.choices(values, k=min(n, len(keys)))
+
+
+def _in_use(words: tuple[str, ...], share: float) -> tuple[str, ...]:
+    return words[: max(8, int(share * len(words)))]
 
 
 def _listing(keys: list[str], values: list[str]) -> str:
     return "; ".join([f"{key} {value}" for key, value in zip(keys, values, strict=True)])
 
 
-def ledger(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
-    """`Ledger: Amos smith; Ida station. Q: Ida? A: Ida station.`"""
-    keys, values = _pairs(rng, n_pairs)
+def ledger(rng: random.Random, n_pairs: int, n_questions: int, words: float = 1.0) -> Item:
+    """`Ledger: Amos smith; Ida station. Q: Ida? A: Ida station.` with a share `words` of each class of words."""
+    keys, values = _pairs(rng, n_pairs, words)
     chance = distinct(values)
     pairs = list(zip(keys, values, strict=True))
     asked = _order(rng, pairs, n_questions)
@@ -52,12 +56,12 @@ def ledger(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
     return Item("ledger", f"Ledger: {_listing(keys, values)}.", questions)
 
 
-def recall(rng: random.Random, n_pairs: int, n_questions: int) -> Item:
+def recall(rng: random.Random, n_pairs: int, n_questions: int, words: float = 1.0) -> Item:
     """`Ledger: ... Q: Ida, Amos? A: Ida station; Amos smith.`: every key asked at once, in another order.
 
     One recall per three tokens of the answer: the densest text of all.
     """
-    keys, values = _pairs(rng, n_pairs)
+    keys, values = _pairs(rng, n_pairs, words)
     pairs = list(zip(keys, values, strict=True))
     questions = []
     for _ in range(n_questions):

@@ -77,27 +77,33 @@ def _variety(level: float) -> float:
 
 
 def make_item(
-    rng: random.Random, kind: str, split: str, level: float, row_tokens: int = 256, turn_tokens: int = 0
+    rng: random.Random,
+    kind: str,
+    split: str,
+    level: float,
+    row_tokens: int = 256,
+    turn_tokens: int = 0,
+    words: float = 1.0,
 ) -> Item:
     """One item of a kind that belongs to `split`; `level` in [0, 1] is how far the curriculum has come.
 
     Sizes are chosen so that statement and questions fill `row_tokens` tokens at most, where every question
-    costs `turn_tokens` more than its own text (the marks of a chat turn).
+    costs `turn_tokens` more than its own text (the marks of a chat turn). Ledgers use a share `words` of the words.
     """
     while True:
-        item = _draw(rng, kind, split, level, row_tokens, turn_tokens)
+        item = _draw(rng, kind, split, level, row_tokens, turn_tokens, words)
         if not item.statement or split_of(item.statement) == split:
             return item
 
 
-def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, turn: int) -> Item:
+def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, turn: int, words: float) -> Item:
     budget = _between(rng, 0.35 * row, (0.45 + 0.5 * level) * row)
     if kind == "ledger":
         n = _between(rng, 3, 8 + 16 * level)
-        return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // (9 + turn)))
+        return ledgers.ledger(rng, n, max(3, (budget - 3 * n) // (9 + turn)), words)
     if kind == "recall":
         n = _between(rng, 3, 8 + 12 * level)
-        return ledgers.recall(rng, n, max(1, (budget - 3 * n) // (5 * n + 4 + turn)))
+        return ledgers.recall(rng, n, max(1, (budget - 3 * n) // (5 * n + 4 + turn)), words)
     if kind == "facts":
         n = _between(rng, 3, 4 + 4 * level)
         questions = max(3, (budget - 9 * n) // (13 + turn))
@@ -130,18 +136,23 @@ def _draw(rng: random.Random, kind: str, split: str, level: float, row: int, tur
 def make_document(
     rng: random.Random, kind: str, split: str, level: float, english: "English", max_tokens: int
 ) -> str:
-    """One pretraining document of a kind."""
+    """One pretraining document of a kind.
+
+    In training the ledgers begin with eight words of a class, and the others join until 80 % of the curriculum: lookup
+    forms on few words, where it is easy, and new ones find it there. Of all words at once it forms late or never.
+    """
+    words = min(1.0, level / 0.8) if split == "train" else 1.0
     if kind == "english":
         return english.next()
     if kind == "long":
         return long_document(rng, split, level, english, max_tokens, make_item)
     if kind == "recall":  # without the questions the same row holds more copies
-        return ledgers.recall_document(make_item(rng, kind, split, level, row_tokens=400))
+        return ledgers.recall_document(make_item(rng, kind, split, level, row_tokens=400, words=words))
     if kind == "extract":
         return stories.extract_document(make_item(rng, kind, split, level, row_tokens=320))
     if kind == "retell":
         return stories.retell_document(make_item(rng, kind, split, level, row_tokens=320))
-    return document(make_item(rng, kind, split, level))
+    return document(make_item(rng, kind, split, level, words=words))
 
 
 class English:
