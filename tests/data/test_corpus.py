@@ -369,5 +369,5 @@ def test_words_join_one_by_one_in_training():
         return {word for text in texts for word in re.findall(r"[A-Za-z]+", text)} & set(NAMES)
 
     assert len(known("train", 0.0)) == 8
-    assert known("train", 0.0) < known("train", 0.4) < known("train", 0.8)
-    assert known("train", 0.8) == known("val", 0.0) == set(NAMES)
+    assert known("train", 0.0) < known("train", 0.25) < known("train", 0.5)
+    assert known("train", 0.5) == known("val", 0.0) == set(NAMES)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -134,7 +135,8 @@ def test_a_run_fills_every_column(ran):
     folder, said = ran
     results, notes = json.loads((folder / suite.RESULTS).read_text()), suite.read_notes(folder)
     (row,) = results.values()
-    assert set(row) == {*columns.COLUMNS, *columns.ATTENTIONS, "chance"}
+    far = {column + columns.FAR for column in columns.ATTENTIONS}  # one layer with a window of 8 has some
+    assert set(row) == {*columns.COLUMNS, *columns.ATTENTIONS, *far, "chance"}
     assert row["chance"] == 1 / 32
     assert all(0 <= accuracy <= 1 for accuracy in row.values())
     assert notes["mqar_4x"]["entries"] == {"gists alone": 12, "budget": 15}
@@ -144,6 +146,19 @@ def test_a_run_fills_every_column(ran):
     table = suite.table(results, notes)
     assert [len(cells) for cells in table] == [len(table[0])] * 2
     assert "-" not in table[1]
+
+
+def test_a_far_fact_is_one_that_no_window_hands_on():
+    """The last token depends on nothing further back than the reach, and on what lies there."""
+    objective = models.rows_for(TASKS["passkey_1x"], replace(SIZE, row_depth=2), "sliding")
+    params = objective.init(jax.random.key(0))
+    pull = jax.grad(lambda wte, ids: objective.hidden(params | {"wte": wte}, ids)[0, -1, 0])
+    reach = columns._reach(objective.cfg)
+    assert reach == 2 * 22 + 1
+    for back, pulls in ((reach + 1, False), (reach, True)):
+        ids_1T = np.zeros((1, 128), np.int32)
+        ids_1T[0, -1 - back] = 1
+        assert bool((pull(params["wte"], ids_1T)[1] != 0).any()) == pulls
 
 
 def test_a_finished_task_is_not_run_again(ran, tmp_path, monkeypatch):

@@ -138,10 +138,10 @@ def make_document(
 ) -> str:
     """One pretraining document of a kind.
 
-    In training the ledgers begin with eight words of a class, and the others join until 80 % of the curriculum: lookup
+    In training the ledgers begin with eight words of a class, and the others join until the middle of the curriculum: lookup
     forms on few words, where it is easy, and new ones find it there. Of all words at once it forms late or never.
     """
-    words = min(1.0, level / 0.8) if split == "train" else 1.0
+    words = min(1.0, level / 0.5) if split == "train" else 1.0
     if kind == "english":
         return english.next()
     if kind == "long":

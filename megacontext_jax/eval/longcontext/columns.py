@@ -12,6 +12,7 @@ from megacontext_jax.context.layout import Layout, raw_layout
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.eval.longcontext.models import budget, objective_for, rows_for
 from megacontext_jax.eval.longcontext.tasks import Task
+from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.loss import capped_logits
 
 LENSES = ("learned", "attention", "lexical", "random", "oracle")
@@ -20,6 +21,7 @@ ATTENTIONS = {
     "gist_attention": "gist",
     "sliding_attention": "sliding",
 }  # models of their own, --attention gist
+FAR = "_far"  # added to these columns: questions about what a sliding window does not reach, layer upon layer
 QUESTIONS = 512  # sequences per task
 ROWS = 64
 
@@ -43,27 +45,46 @@ def evaluate(task: Task, size, learned, mean, seed: int) -> dict[str, float]:
 
 
 def evaluate_rows(task: Task, size, params: dict, seed: int) -> dict[str, float]:
-    """Accuracy of the models {column: parameters} with gist and with sliding attention."""
+    """Accuracy of the models {column: parameters} with gist and with sliding attention.
+
+    Windows hand on from layer to layer what they see; where a task has facts beyond that, the columns with `FAR` are
+    the accuracy on these.
+    """
+    reach = _reach(rows_for(task, size, "sliding").cfg)
     scores = {
         column: jax.jit(partial(_score_rows, rows_for(task, size, ATTENTIONS[column]), task))
         for column in params
     }
     rng = np.random.default_rng(10_000 + seed)
     rows = max(8, min(ROWS, ROWS * 256 // task.tokens))
-    totals = dict.fromkeys(params, 0.0)
+    right: dict[str, list] = {column: [] for column in params}
+    far: list = []
     for _ in range(QUESTIONS // rows):
         batch = task.make(rng, rows, task.tokens, True)
+        newest_B = task.tokens - 1 - np.argmax(batch["facts"][:, ::-1], axis=1)
+        far.append(newest_B < task.tokens - task.asked - reach)
         for column, score in scores.items():
-            totals[column] += float(score(params[column], batch)) / (QUESTIONS // rows)
-    return totals
+            right[column].append(np.asarray(score(params[column], batch)))
+    far_N = np.concatenate(far)
+    found = {column: np.concatenate(share) for column, share in right.items()}
+    means = {column: float(share_N.mean()) for column, share_N in found.items()}
+    if far_N.any():
+        means |= {column + FAR: float(share_N[far_N].mean()) for column, share_N in found.items()}
+    return means
+
+
+def _reach(cfg: GPTConfig) -> int:
+    """Tokens back from which something can arrive through all layers of a sliding window, smear included."""
+    return sum(cfg.windows()) + cfg.constants.smear
 
 
 def _score_rows(objective, task: Task, params, batch):
+    """Share of right answers [B]."""
     hidden = objective.hidden(params, batch["inputs"])
     x_BTC = hidden[0] if isinstance(hidden, tuple) else hidden
     cfg = objective.cfg
     logits_BAV = capped_logits(x_BTC[:, -task.asked :], params["lm_head"], cfg.logit_cap, cfg.vocab_size)
-    return (logits_BAV.argmax(-1) == batch["targets"][:, -task.asked :]).mean()
+    return (logits_BAV.argmax(-1) == batch["targets"][:, -task.asked :]).mean(-1)
 
 
 def allocator_for(task: Task) -> AllocatorConfig:

@@ -37,8 +37,9 @@ class Size:
 
 
 OPTIONS = StageConfig(
-    optimizer="muon",
+    optimizer="pocket",
     matrix_lr=0.02,
+    weight_decay=0.2,
     embedding_lr=0.0035,
     unembedding_lr=0.0035,
     adam_beta1=0.9,
@@ -138,7 +139,7 @@ def fit(
     """(parameters, seconds) after `size.steps` steps on fresh batches; step i has objective `turn(i)`, else they alternate."""
     turn = turn or (lambda step: step % len(objectives))
     started = time.monotonic()
-    schedule = schedules(OPTIONS, RECIPES["muon"], size.steps, first_stage=True)
+    schedule = schedules(OPTIONS, RECIPES[OPTIONS.optimizer], size.steps, first_stage=True)
     optimizer = make_optimizer(OPTIONS, objectives[0].cfg, schedule, context=True)
     mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
     state = init_state(mesh, objectives[0].init, optimizer, jax.random.key(seed))

@@ -9,14 +9,21 @@ from pathlib import Path
 import jax
 
 from megacontext_jax.errors import UserError
-from megacontext_jax.eval.longcontext.columns import ATTENTIONS, COLUMNS, QUESTIONS, evaluate, evaluate_rows
+from megacontext_jax.eval.longcontext.columns import (
+    ATTENTIONS,
+    COLUMNS,
+    FAR,
+    QUESTIONS,
+    evaluate,
+    evaluate_rows,
+)
 from megacontext_jax.eval.longcontext.models import Size, budget, rows_for, smallest, train, train_rows
 from megacontext_jax.eval.longcontext.pictures import draw_focus
 from megacontext_jax.eval.longcontext.tasks import TASKS, Task
 from megacontext_jax.telemetry.progress import Progress
 from megacontext_jax.telemetry.sinks import write_atomic
 
-SHOWN = (*COLUMNS, *ATTENTIONS)
+SHOWN = (*COLUMNS, *ATTENTIONS, *(column + FAR for column in ATTENTIONS))
 RESULTS = "long_context.json"
 NOTES = "long_context_runs.json"
 
