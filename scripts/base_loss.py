@@ -32,7 +32,8 @@ def main(argv: list[str]) -> None:
     step = make_bpb_step(model.objective.nll, model.tokenizer.token_bytes(), mesh)
     facts = {"model": str(model)}
     for name, paths in splits.items():
-        batches = partial(val_batches, max_tokens=config.eval.split_tokens, **here)
+        options = {"max_tokens": config.eval.split_tokens, "packing": config.data.packing} | here
+        batches = partial(val_batches, **options)
         bpb = bits_per_byte(
             step, model.params, batches(paths, model.tokenizer, rows, model.cfg.sequence_len), mesh
         )

@@ -354,6 +354,7 @@ def text_data(config: Config, text: sources.TextData, layout: Layout) -> StageDa
             layout.eval_rows,
             layout.seq_len,
             max_tokens=opts.eval_tokens,
+            packing=config.data.packing,  # as in training: a row that begins inside a document lacks what it asks for
             **processes,
         )
         for name, paths in held_out.items()
