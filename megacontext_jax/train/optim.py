@@ -189,15 +189,19 @@ def make_optimizer(
     present |= {"context"} if context else set()
     transforms = {name: adamw(adam) for name, adam in recipe.groups.items() if name in present}
     if recipe.muon is not None:
+
+        def decay(count):
+            return weight_decay * schedules.decay(count)
+
         transforms["matrix"] = optax.chain(
             scale_by_muon(
                 recipe.muon,
                 momentum=schedules.momentum,
-                decay=lambda count: weight_decay * schedules.decay(count),
+                decay=decay,
                 dtype=ns_dtype,
                 constrain=constrain,
             ),
-            *([optax.add_decayed_weights(weight_decay)] if recipe.decay_matrices else []),
+            *([optax.add_decayed_weights(decay)] if recipe.decay_matrices else []),
             optax.scale_by_learning_rate(schedule(opts.matrix_lr * rate_scale)),
         )
     if freeze_base:

@@ -143,6 +143,7 @@ _LATEST = replace(
 _POCKET = Recipe(
     {name: replace(adam, decay=0.0) for name, adam in _CLASSIC.groups.items()},
     decay_matrices=True,
+    decay_schedule="cosine",
 )
 
 RECIPES = {
