@@ -31,7 +31,9 @@ class AllocatorConfig:
     cooldown: int = 2  # iterations in which what an edit made is left alone
     hysteresis: float = 0.2  # score that a swap must gain
     edit_cost: float = 0.0  # score per share of the context behind the edit, whose cache it invalidates
-    slack: int = 0  # entries below the budget to which forced collapses go on, so that they come seldom
+    slack: int = (
+        0  # entries that expansions leave free and forced collapses free besides, so that these come seldom
+    )
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -88,7 +90,7 @@ def refocus(
         lambda: _fit(older, score_BW, cfg, jnp.where(within_B, budget_B, budget_B - cfg.slack), limit_B1),
     )
     most_B = jnp.where(within_B, cfg.max_replacements, 0)
-    room_B = jnp.minimum(budget_B, W) - before_B
+    room_B = jnp.minimum(budget_B, W) - cfg.slack - before_B
     open_BW = jnp.arange(W) >= jnp.broadcast_to(jnp.asarray(first, jnp.int32), (B,))[:, None]
     expand_BW, collapse_BW = _select(fitted, score_BW, cfg, room_B, most_B, limit_B1, open_BW, key)
     after = Focus(*apply_edits(*fitted, expand_BW, collapse_BW, cfg.block))

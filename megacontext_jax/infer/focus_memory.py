@@ -241,7 +241,7 @@ class FocusMemory:
         self._bring_up(tree, "append")
         yield self.tokens
         # a gist may open level by level
-        resting = replace(self.cfg.allocator, cooldown=0, max_replacements=self.cfg.rebuild_edits)
+        resting = replace(self.cfg.allocator, cooldown=0, slack=0, max_replacements=self.cfg.rebuild_edits)
         for _ in range(max(1, self.cfg.rebuild_iterations)):  # the first one sees to the budget
             if not self._iterate(tree, resting):
                 break

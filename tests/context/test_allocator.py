@@ -214,7 +214,8 @@ def plain_refocus(entries, scores, cfg: AllocatorConfig, budget: int, tokens: in
         and not gain.keys() & set(range(i, i + K))
         and mean + cost[i] <= -cfg.collapse_threshold
     }
-    queue, room, left, ups, downs = sorted(loss, key=loss.get), budget - N, cfg.max_replacements, [], []
+    queue, room = sorted(loss, key=loss.get), budget - cfg.slack - N
+    left, ups, downs = cfg.max_replacements, [], []
     for i in sorted(gain, key=lambda i: -gain[i]):
         if room >= K - 1:
             if left < 1:
@@ -477,6 +478,9 @@ def test_slack_makes_forced_collapses_seldom():
     assert edit({}, budget=19) == (0, 1)
     assert edit({}, budget=19, slack=5) == (0, 2)
     assert edit({}, budget=20, slack=5) == (0, 0)  # within the budget nothing is forced
+    assert edit({0: 0.9}, budget=23) == (1, 0)
+    assert edit({0: 0.9}, budget=23, slack=1) == (0, 0)  # an expansion leaves it free,
+    assert edit({0: 0.9} | LOW, budget=23, slack=1) == (1, 1)  # a swap takes nothing
 
 
 def test_no_group_collapses_around_an_expansion():
