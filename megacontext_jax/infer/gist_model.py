@@ -199,10 +199,12 @@ class GistDecoder:
         x_B1C, kept_B1C, layers = self._row(params, x_B1C, cache.layers, position_B, 0, ids_B[:, None])
         logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
         blocks = (_put(cache.blocks[0], e_BC, position_B % r, True), *cache.blocks[1:])
-        layers, blocks = self._gist_rows(params, position_B, 1, layers, blocks)
+        # true of any number; the caches are then read before they change, and XLA has no reason to copy them
+        read = x_B1C[0, 0, 0] < jnp.inf
+        layers, blocks = self._gist_rows(params, position_B, 1, layers, blocks, read)
         return logits_BV, RowCache(layers, blocks, position_B + 1)
 
-    def _gist_rows(self, params, position_B, level: int, layers, blocks):
+    def _gist_rows(self, params, position_B, level: int, layers, blocks, go=True):
         """The gists of level `level` and above that are complete with this token; most tokens complete none."""
         if level > self.cfg.gist_levels:
             return layers, blocks
@@ -212,7 +214,12 @@ class GistDecoder:
             layers, blocks = self._gist_row(params, position_B, ends_B, level, layers, blocks)
             return self._gist_rows(params, position_B, level + 1, layers, blocks)
 
-        return jax.lax.cond(ends_B.any(), complete, lambda layers, blocks: (layers, blocks), layers, blocks)
+        def once(todo):
+            _, layers, blocks = todo
+            return jnp.array(False), *complete(layers, blocks)
+
+        # a loop of at most one round works on the caches in place; the branches of a `cond` would copy them
+        return jax.lax.while_loop(lambda todo: todo[0], once, (ends_B.any() & go, layers, blocks))[1:]
 
     def _gist_row(self, params, position_B, ends_B, level: int, layers, blocks):
         """The gist of the block that ends with this token, through all layers, where one ends."""
