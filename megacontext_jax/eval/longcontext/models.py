@@ -37,9 +37,8 @@ class Size:
 
 
 OPTIONS = StageConfig(
-    optimizer="pocket",
+    optimizer="muon",
     matrix_lr=0.02,
-    weight_decay=0.2,
     embedding_lr=0.0035,
     unembedding_lr=0.0035,
     adam_beta1=0.9,
