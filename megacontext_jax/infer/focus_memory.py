@@ -21,22 +21,14 @@ from megacontext_jax.context.lenses import bm25, standard
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.context.positions import centres, gaussian_rope, spreads
 from megacontext_jax.context.store import TreeStore
-from megacontext_jax.context.store_base import RamRows
 from megacontext_jax.infer.memory import LONGEST, is_alive, padded_to
 from megacontext_jax.infer.model import GPTDecoder, Model, Region
+from megacontext_jax.infer.occurrences import Occurrences
 from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.gpt import Entries
 
-PIECES = (
-    32,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-)  # entries whose keys are computed at a time, compiled once each
+# entries whose keys are computed at a time, compiled once each
+PIECES = (32, 64, 96, 128, 192, 256, 384, 512)
 
 
 @dataclass(frozen=True)
@@ -265,14 +257,13 @@ class FocusMemory:
         """Edits what the tokens since have paid for; early edits, with most behind them, wait the longest."""
         count, recent = len(self._level), self.cfg.allocator.recent
         first = max(0, count - int(self._credit))
+        # nothing from `first` on may be edited, whatever the lens says
         if (
             count <= self.cfg.budget
             and first > count - recent - self.cfg.block
             and not self._level[first:].any()
         ):
-            self.edits["unpaid"] += (
-                1  # there is nothing behind `first` that may be edited, whatever the lens says
-            )
+            self.edits["unpaid"] += 1
             return
         before = sum(self.recomputed.values())
         self._iterate(tree, self.cfg.allocator, self.cfg.iterations, first)
@@ -532,31 +523,3 @@ class FocusMemory:
         for tf_P, token in zip(tf_QP, newest.tolist(), strict=False):
             tf_P[: len(span)] = self._occurrences.count(token, self._node * span, (self._node + 1) * span)
         return tf_QP[None]
-
-
-class Occurrences:
-    """Where in a history every token stands, for lexical match in time that grows with its logarithm."""
-
-    def __init__(self):
-        self._places: dict[int, RamRows] = {}
-        self._tokens = 0
-
-    def read(self, tree: TreeStore) -> None:
-        """Takes in what the tree has gained."""
-        ids_n = tree.tokens(self._tokens)
-        if not len(ids_n):
-            return
-        order_n = np.argsort(ids_n, kind="stable")
-        found, first = np.unique(ids_n[order_n], return_index=True)
-        for token, places in zip(found.tolist(), np.split(order_n, first[1:]), strict=True):
-            if token not in self._places:
-                self._places[token] = RamRows(np.dtype(np.int64), ())
-            self._places[token].append(self._tokens + places)
-        self._tokens += len(ids_n)
-
-    def count(self, token: int, begin, end):
-        """How often the token stands in [begin, end), elementwise."""
-        if token not in self._places:
-            return np.zeros(len(begin), np.int32)
-        places = self._places[token].read(0, len(self._places[token]))
-        return np.searchsorted(places, end) - np.searchsorted(places, begin)
