@@ -31,9 +31,8 @@ class AllocatorConfig:
     cooldown: int = 2  # iterations in which what an edit made is left alone
     hysteresis: float = 0.2  # score that a swap must gain
     edit_cost: float = 0.0  # score per share of the context behind the edit, whose cache it invalidates
-    slack: int = (
-        0  # entries that expansions leave free and forced collapses free besides, so that these come seldom
-    )
+    # entries that expansions leave free and forced collapses free besides, so that these come seldom
+    slack: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
