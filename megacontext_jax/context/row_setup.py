@@ -8,10 +8,9 @@ from megacontext_jax.config import Config
 from megacontext_jax.context import setup
 from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.gistnet import GistConfig
-from megacontext_jax.context.setup import Phase
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
-from megacontext_jax.model.objective import Objective
+from megacontext_jax.model.objective import Objective, Phase
 
 
 def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPTConfig, str]:

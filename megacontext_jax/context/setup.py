@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from megacontext_jax.context.objective import ContextConfig, ContextObjective, M
 from megacontext_jax.context.positions import check_kind
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
-from megacontext_jax.model.objective import Objective
+from megacontext_jax.model.objective import Objective, Phase
 
 WIDTHS = 5  # of the curriculum, each compiled once
 FIRST_SHARE = 0.8  # of the row, in the first phase
@@ -134,13 +133,6 @@ def _reach(target: int, opts, ctx: ContextConfig, seq_len: int) -> int:
 def objective(opts: MegaContextConfig, base: Objective, ctx: ContextConfig, mix: Mixture, width: int):
     dtypes = {"auto": base.dtype, "fp32": jnp.float32, "bf16": jnp.bfloat16}
     return ContextObjective(base, ctx, mix, width, jnp.dtype(dtypes[opts.mc_aux_dtype]))
-
-
-class Phase(NamedTuple):
-    """From `first_step` on training has this objective."""
-
-    first_step: int
-    objective: object
 
 
 def phases(

@@ -1,7 +1,9 @@
 """A conversation in a terminal, over a session."""
 
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple, Protocol, TextIO
 
@@ -26,6 +28,25 @@ class ChatOptions(Protocol):
     top_k: int
     top_p: float
     max_tokens: int
+
+
+class CtrlC:
+    """While it is entered, Ctrl-C is noted for a moment at which nothing is half done; a second one ends the program's work at once."""
+
+    def __init__(self):
+        self.pressed = False
+
+    def __enter__(self) -> "CtrlC":
+        self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, number, frame) -> None:
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
 
 
 class Reply(NamedTuple):
@@ -128,10 +149,15 @@ class ChatLoop:
         def tick(tokens: int) -> None:
             progress.update(tokens - self._told)
             self._told = tokens
+            if ctrl_c.pressed:
+                raise KeyboardInterrupt
 
         self._told = done
         try:
-            with Progress("reading", total, initial=done, unit="tokens", stream=self._notes) as progress:
+            with (
+                Progress("reading", total, initial=done, unit="tokens", stream=self._notes) as progress,
+                CtrlC() as ctrl_c,
+            ):
                 self.session.read(tick)
         except KeyboardInterrupt:
             self._note("Stopped reading; it goes on before the next answer.")
@@ -159,18 +185,22 @@ class ChatLoop:
     def _stream(self) -> Reply:
         """Writes an answer as it comes. Ctrl-C ends the answer, not the program."""
         text, tokens, stop = TextStream(self.session.tokenizer), [], None
+        answer = self.session.answer(
+            max_tokens=self._options.max_tokens,
+            temperature=self._options.temperature,
+            top_k=self._options.top_k,
+            top_p=self._options.top_p,
+            seed=self._seed,
+        )
         try:
-            for event in self.session.answer(
-                max_tokens=self._options.max_tokens,
-                temperature=self._options.temperature,
-                top_k=self._options.top_k,
-                top_p=self._options.top_p,
-                seed=self._seed,
-            ):
-                tokens.append(event.token)
-                stop = event.stop
-                if stop != "end":
-                    self._write(text.push(event.token))
+            with CtrlC() as ctrl_c, closing(answer):
+                for event in answer:
+                    tokens.append(event.token)
+                    stop = event.stop
+                    if stop != "end":
+                        self._write(text.push(event.token))
+                    if ctrl_c.pressed and not stop:
+                        raise KeyboardInterrupt
         except KeyboardInterrupt:
             stop = "interrupted"
         self._write(text.flush())

@@ -19,7 +19,8 @@ from megacontext_jax.context.store import create_store, open_store
 from megacontext_jax.errors import UserError
 from megacontext_jax.files import remove_stale_scratch, scratch_path
 from megacontext_jax.infer.engine import Engine
-from megacontext_jax.infer.focus_memory import FocusConfig, FocusMemory
+from megacontext_jax.infer.focus_memory import FocusMemory
+from megacontext_jax.infer.focus_programs import FocusConfig
 from megacontext_jax.infer.gist_model import GistDecoder
 from megacontext_jax.infer.memory import LONGEST, Memory, TokenMemory
 from megacontext_jax.infer.model import Model

@@ -23,7 +23,7 @@ from megacontext_jax.errors import UserError
 from megacontext_jax.infer.chat_model import ChatModel, levels_for, session_rows
 from megacontext_jax.infer.context_model import ContextDecoder, context_model
 from megacontext_jax.infer.engine import Engine
-from megacontext_jax.infer.focus_memory import FocusConfig
+from megacontext_jax.infer.focus_programs import FocusConfig
 from megacontext_jax.infer.gist_model import gist_model
 from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model, prepare_params
 from megacontext_jax.model.arch import GPTConfig

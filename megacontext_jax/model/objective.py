@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +85,23 @@ class Objective:
             rows = max(1, rows // meshes.batch_shards(self.mesh))
         slices = loss.num_slices(rows, T, cfg.vocab_size)
         return fn(x_BTC, head_VC, *labels, cfg.logit_cap, cfg.vocab_size, slices)
+
+
+class Phase(NamedTuple):
+    """From `first_step` on training has this objective; with `beside`, every other step has that one's loss."""
+
+    first_step: int
+    objective: object  # loss, summarise, flops_per_token
+    beside: object | None = None
+
+    @property
+    def turns(self) -> tuple:
+        """What step i of the phase has is item i modulo their number."""
+        return (self.objective,) if self.beside is None else (self.objective, self.beside)
+
+    @property
+    def flops_per_token(self) -> float:
+        return sum(x.flops_per_token for x in self.turns) / len(self.turns)
 
 
 def make_objective(

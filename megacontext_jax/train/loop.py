@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from megacontext_jax.errors import UserError
 from megacontext_jax.eval.bpb import bits_per_byte, make_bpb_step
 from megacontext_jax.eval.working_contexts import Probe
 from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.objective import Phase
 from megacontext_jax.runtime import print0
 from megacontext_jax.telemetry import hardware, report
 from megacontext_jax.telemetry.progress import StepMeter, StepPrinter, format_quantity
@@ -36,13 +36,6 @@ from megacontext_jax.train.step import (
     state_from,
 )
 from megacontext_jax.train.stop import Stopper
-
-
-class Phase(NamedTuple):
-    """From `first_step` on the loss is this objective's; its step is compiled once, when it begins."""
-
-    first_step: int
-    objective: object  # loss, summarise, flops_per_token
 
 
 @dataclass
@@ -206,14 +199,14 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     position = setup.stream.get_state()
     rows = next(setup.stream)
     phase = phase_at(setup, int(resume_step or 0))
-    train_step, batch = compile_step(setup, phase, state, rows, shardings)
+    train_steps, batch = compile_phase(setup, phase, state, rows, shardings)
     tokens_per_step = math.prod(batch["inputs"].shape)
     bpb_step = make_bpb_step(setup.nll_fn, setup.tokenizer.token_bytes(), mesh)
 
     meter = StepMeter(
         n_steps,
         tokens_per_step,
-        flops_per_token=phase.objective.flops_per_token,
+        flops_per_token=phase.flops_per_token,
         peak_flops=hardware.total_peak_flops(setup.facts.get("compute dtype", "float32")),
     )
     if "meter" in loop_state:
@@ -318,11 +311,12 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             if phase_at(setup, step) is not phase:
                 log.take()
                 phase = phase_at(setup, step)
-                meter.flops_per_token = phase.objective.flops_per_token
-                train_step, batch = compile_step(setup, phase, state, rows, shardings)
+                meter.flops_per_token = phase.flops_per_token
+                train_steps, batch = compile_phase(setup, phase, state, rows, shardings)
                 log.restart_clock()
 
             # a single training step; the next batch is read while the device is busy
+            train_step = train_steps[(step - phase.first_step) % len(train_steps)]
             state, values = train_step(state, batch)
             log.dispatched(step, values)
             step += 1
@@ -357,13 +351,22 @@ def place(setup: Setup, rows: dict) -> dict:
     }
 
 
-def compile_step(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):
-    """(compiled step, batch) of a phase.
+def compile_phase(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):
+    """(compiled steps in their turns, batch) of a phase."""
+    while True:
+        accumulation = setup.accumulation
+        steps = [compile_step(setup, objective, state, rows, shardings) for objective in phase.turns]
+        if setup.accumulation == accumulation:
+            return steps, place(setup, rows)
+
+
+def compile_step(setup: Setup, objective, state: TrainState, rows: dict, shardings: TrainState):
+    """The compiled step of an objective.
 
     With `mc_auto_batch` micro-batches are halved, and the accumulation of the run doubled, until what the
     compiled step asks for fits the device.
     """
-    objective, mesh, opts = phase.objective, setup.mesh, setup.config.mc
+    mesh, opts = setup.mesh, setup.config.mc
     jitted = make_train_step(
         objective.loss,
         setup.optimizer,
@@ -385,7 +388,7 @@ def compile_step(setup: Setup, phase: Phase, state: TrainState, rows: dict, shar
             f"{setup.accumulation} micro-batch(es), {format_quantity(needed, 'B')} per device."
         )
         if needed <= limit:
-            return compiled, batch
+            return compiled
         micro = batch["inputs"].shape[1] // meshes.batch_shards(mesh)
         if micro < 2:
             raise UserError(

@@ -30,9 +30,9 @@ from megacontext_jax.data.tokenizer import Tokenizer
 from megacontext_jax.eval.working_contexts import Detail, Probe, views_of
 from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_samples
 from megacontext_jax.model.arch import GPTConfig
-from megacontext_jax.model.objective import Objective, make_objective
+from megacontext_jax.model.objective import Objective, Phase, make_objective
 from megacontext_jax.runtime import print0
-from megacontext_jax.train.loop import Phase, Setup
+from megacontext_jax.train.loop import Setup
 from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.plan import batch_layout, horizon, model_of, scaled
 from megacontext_jax.train.recipes import RECIPES

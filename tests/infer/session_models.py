@@ -11,7 +11,7 @@ from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.layout import Layout
 from megacontext_jax.context.tree import gist_levels
 from megacontext_jax.infer.chat_model import ChatModel, session_rows
-from megacontext_jax.infer.focus_memory import FocusConfig
+from megacontext_jax.infer.focus_programs import FocusConfig
 from megacontext_jax.infer.gist_model import gist_model
 from megacontext_jax.infer.model import GPTDecoder, Model, gpt_model, prepare_params
 from megacontext_jax.model import gpt

@@ -22,7 +22,8 @@ from megacontext_jax.eval.longcontext.models import Size, fit, objective_for
 from megacontext_jax.eval.longcontext.tasks import DIGITS, FILLER, MARKS, TASKS, passkey
 from megacontext_jax.files import atomic_path, write_bytes
 from megacontext_jax.infer.chat_model import levels_for, tree_options
-from megacontext_jax.infer.focus_memory import FocusConfig, FocusMemory
+from megacontext_jax.infer.focus_memory import FocusMemory
+from megacontext_jax.infer.focus_programs import FocusConfig
 from megacontext_jax.infer.model import GPTDecoder, prepare_params
 from megacontext_jax.model.loss import capped_logits
 
