@@ -14,6 +14,8 @@ lists the rest; Ctrl-C stops an answer.
 import os
 import stat
 import sys
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from megacontext_jax import runtime
@@ -31,16 +33,15 @@ def main(argv: list[str]) -> int | None:
     document = piped_text() if prompt and not config.chat.demo else ""
     runtime.start(config.run)
     folder = Path(config.chat.session) if config.chat.session else None
-    with (
-        load_chat(config).watched() as chat,
-        chat.session(folder, say=lambda text: print(text, file=sys.stderr)) as session,
-    ):
-        loop = ChatLoop(session, config.chat, new=lambda: chat.new_session(), seed=config.run.seed)
-        if prompt:
-            return loop.answer_once(prompt, document)
-        known = f" {len(session):,} tokens of history." if len(session) else ""
-        print(f"{chat.name}.{known} /help for what you can do, quit leaves, Ctrl-C stops an answer.")
-        return loop.run()
+    with load_chat(config).watched() as chat:
+        session = chat.session(folder, say=lambda text: print(text, file=sys.stderr))
+        again = partial(chat.start_over, folder)
+        with closing(ChatLoop(session, config.chat, start_over=again, seed=config.run.seed)) as loop:
+            if prompt:
+                return loop.answer_once(prompt, document)
+            known = f" {len(session):,} tokens of history." if len(session) else ""
+            print(f"{chat.name}.{known} /help for what you can do, quit leaves, Ctrl-C stops an answer.")
+            return loop.run()
 
 
 def piped_text() -> str:

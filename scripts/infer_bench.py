@@ -6,9 +6,10 @@
     python -m scripts.infer_bench -i sft --mc                       a trained model
 
 First the static card: weights, cache, what reading both takes (the floor of a token). Then, for every length of
-history, a random text is read and an answer is timed. One JSON line per length: history, kind, ms_per_token_p50, _p99,
-_mean, ttft_s (a message of 16 tokens to the first token of the answer), read_tokens_per_s, refocus_ms, settle_share
-(the host's and the lens's share of the time), device_bytes (all live arrays), tree_bytes; times_plain: over the time of the same weights
+history, a random text is read and an answer is timed. One JSON line per length and kind: history, kind, ms_per_token_p50, _p99
+(a refocus weighs on the token that waits for it), _mean, tokens_per_s, ttft_s (a message of 16 tokens to the first token of
+the answer), read_tokens_per_s, refocus_ms (of those that looked), settle_share (the host's and the lens's share of the
+time), device_bytes (all live arrays), tree_bytes; times_plain: over the time of the same weights
 with a plain cache of as many slots, in turns of 64 tokens; with --mc how many refocuses looked (refocuses), had nothing
 that they could pay for (unpaid), and edited (expands, collapses). A plain model ends at its window and is timed there.
 """
@@ -41,14 +42,15 @@ def main(argv: list[str]) -> None:
         print(f"\n{chat.name}, {chat.kind}")
         print("\n".join(card(chat).lines()))
         print(
-            f"{'history':>10} {'read/s':>9} {'first':>9} {'p50':>9} {'p99':>9} {'mean':>9} {'device':>10} {'plain':>7}"
+            f"{'history':>10} {'read/s':>9} {'first':>9} {'p50':>9} {'p99':>9} {'mean':>9} {'tokens/s':>9} {'device':>10} {'plain':>7}"
         )
         timed, lengths_here = config.bench.bench_tokens, sorted(set(lengths))
         if chat.kind == "plain":
             timed, longest = plain_plan(chat, timed)
             lengths_here = [min(longest, max(lengths))]
+            measure(chat, lengths_here[0], timed)  # compiles, as the next line does
         else:
-            measure(chat, min(3000, max(lengths)), 2 * ROUND)  # compiles
+            measure(chat, min(3000, max(lengths)), 2 * ROUND)
         for history in lengths_here:
             with Progress("reading", history, unit="tokens") as progress:
                 told = 0
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
             print(
                 f"{history:>10,} {found['read_tokens_per_s']:>9,.0f} {1e3 * found['ttft_s']:>6.1f} ms "
                 f"{found['ms_per_token_p50']:>6.3f} ms {found['ms_per_token_p99']:>6.3f} ms "
-                f"{found['ms_per_token_mean']:>6.3f} ms {found['device_bytes'] / 1e6:>7.2f} MB"
+                f"{found['ms_per_token_mean']:>6.3f} ms {found['tokens_per_s']:>9,.0f} {found['device_bytes'] / 1e6:>7.2f} MB"
                 + (f" {found['times_plain']:>6.2f}x" if "times_plain" in found else "")
             )
             print(json.dumps(found))

@@ -19,7 +19,7 @@ from kernels_pallas import GistSpec, gist_attention
 from megacontext_jax import mesh as meshes
 from megacontext_jax.context import forecast, gistnet
 from megacontext_jax.context.gistnet import GistConfig
-from megacontext_jax.context.positions import gaussian_rope
+from megacontext_jax.context.positions import gaussian_rope, span_centres
 from megacontext_jax.context.tree import gist_levels
 from megacontext_jax.model import gpt, loss
 from megacontext_jax.model.arch import GPTConfig
@@ -145,15 +145,20 @@ def row_entries(params, cfg: GPTConfig, tables: tuple, ids_BT) -> gpt.Entries:
 def row_rope(cfg: GPTConfig, sizes, dtype):
     """cos and sin [R, D/2] of rows 0, 1, ... of every level: those of tokens are the dense model's."""
     index_R = [np.arange(n) for n in sizes]
-    mu_R = np.concatenate([row_centre(cfg, level, n) for level, n in enumerate(index_R)])
+    mu_R, fraction_R = row_centres(cfg, index_R)
     sigma_R = np.concatenate([np.full(n, row_spread(cfg, level)) for level, n in enumerate(sizes)])
-    return gaussian_rope(cfg, jnp.asarray(mu_R, jnp.float32), jnp.asarray(sigma_R, jnp.float32), dtype)
+    return gaussian_rope(cfg, mu_R, jnp.asarray(sigma_R, jnp.float32), dtype, fraction_R)
 
 
-def row_centre(cfg: GPTConfig, level: int, index):
-    """The middle of a row's span, in tokens."""
-    span = cfg.gist_block**level
-    return index * span + (span - 1) / 2
+def row_centres(cfg: GPTConfig, index):
+    """The middles of the spans of rows `index[level]` [..., n_l] of all levels, in tokens: (whole [..., R], what is left [R])."""
+    whole, left = [], []
+    for level, rows in enumerate(index):
+        span = cfg.gist_block**level
+        middle, fraction = span_centres(rows * span, span)
+        whole.append(middle)
+        left.append(np.full(rows.shape[-1], fraction, np.float32))
+    return jnp.concatenate(whole, axis=-1), np.concatenate(left)
 
 
 def row_spread(cfg: GPTConfig, level: int) -> float:

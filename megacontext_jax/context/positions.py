@@ -27,11 +27,16 @@ def check_kind(kind: str) -> str:
 
 
 def centres(layout: Layout, block: int, kind: str = "gaussian"):
-    """float32 [B, W]: the middle of each span in tokens; with `rank` the entry's index."""
+    """The middle of each span in tokens, or with `rank` the entry's index: (int32 [B, W], what is left, 0 or 1/2)."""
     if kind == "rank":
-        index_W = jnp.arange(layout.level_BW.shape[-1], dtype=jnp.float32)
-        return jnp.broadcast_to(index_W, layout.level_BW.shape)
-    return starts(layout, block) + (spans(layout.level_BW, block) - 1) / 2
+        index_W = jnp.arange(layout.level_BW.shape[-1])
+        return jnp.broadcast_to(index_W, layout.level_BW.shape), 0.0
+    return span_centres(starts(layout, block), spans(layout.level_BW, block))
+
+
+def span_centres(start, span):
+    """The middle of `span` tokens from `start` on: (whole tokens, what is left, 0 or 1/2)."""
+    return start + (span - 1) // 2, (span - 1) % 2 / 2
 
 
 def spreads(layout: Layout, block: int):
@@ -42,12 +47,16 @@ def spreads(layout: Layout, block: int):
 def entry_rope(cfg: GPTConfig, layout: Layout, block: int, kind: str, dtype):
     """cos and sin [B, W, D/2] of every entry."""
     sigma_BW = None if kind == "simple" else spreads(layout, block)
-    return gaussian_rope(cfg, centres(layout, block, kind), sigma_BW, dtype)
+    mu_BW, fraction_BW = centres(layout, block, kind)
+    return gaussian_rope(cfg, mu_BW, sigma_BW, dtype, fraction_BW)
 
 
-def gaussian_rope(cfg: GPTConfig, mu_BW, sigma_BW, dtype):
-    """cos and sin [B, W, D/2] at mu, the faster channels damped by sigma (None: no damping)."""
-    cos, sin = rope_table(cfg, mu_BW, jnp.float32)
+def gaussian_rope(cfg: GPTConfig, mu_BW, sigma_BW, dtype, fraction_BW=0.0):
+    """cos and sin [B, W, D/2] at mu + fraction, the faster channels damped by sigma (None: no damping).
+
+    Whole numbers for mu keep their phase however far they are.
+    """
+    cos, sin = rope_table(cfg, mu_BW, jnp.float32, fraction_BW)
     if sigma_BW is not None:
         damping = jnp.exp(-0.5 * jnp.square(sigma_BW[..., None] * rope_frequencies(cfg)))
         cos, sin = cos * damping, sin * damping
@@ -61,6 +70,6 @@ def alibi_slopes(n_head: int):
 
 def alibi_bias(layout: Layout, block: int, n_head: int):
     """[B, H, W, W], added to the scores: minus slope times distance."""
-    mu_BW = centres(layout, block)
-    distance_BWW = mu_BW[:, :, None] - mu_BW[:, None, :]
+    mu_BW, fraction_BW = centres(layout, block)
+    distance_BWW = mu_BW[:, :, None] - mu_BW[:, None, :] + fraction_BW[:, :, None] - fraction_BW[:, None, :]
     return -alibi_slopes(n_head)[:, None, None] * distance_BWW[:, None]

@@ -41,10 +41,12 @@ class Speaker:
         self._answer = engine.stretches(session.state(tokens), limit_1, draw, between=self)
         self.stretches: list[tuple[int, float]] = []  # tokens, seconds; the host's share included
         self.settling: list[float] = []  # what the session does after each
+        self.looked: list[bool] = []  # whether a lens looked then
         self._last = time.perf_counter()
         next(self._answer)  # compiled, and not timed
         self.stretches.clear()
         self.settling.clear()
+        self.looked.clear()
 
     @property
     def ms_per_token(self) -> float:
@@ -65,14 +67,28 @@ class Speaker:
         return self._session.room()
 
     def settle(self, state: State, token_NB: np.ndarray) -> State:
+        looks = self._looks()
         start = time.perf_counter()
         state = self._session.settle(state, token_NB)
         jax.block_until_ready(state.logits_BV)
         now = time.perf_counter()
         self.settling.append(now - start)
+        self.looked.append(self._looks() > looks)
         self.stretches.append((len(token_NB), now - self._last))
         self._last = now
         return state
+
+    def _looks(self) -> int:
+        return self._session.memory.statistics().get("refocuses", 0)
+
+    def per_token(self) -> np.ndarray:
+        """Seconds of every token: equal shares of a stretch, and what follows it weighs on the next token alone."""
+        return np.concatenate(
+            [
+                [(seconds - settling) / n + settling] + [(seconds - settling) / n] * (n - 1)
+                for (n, seconds), settling in zip(self.stretches, self.settling, strict=True)
+            ]
+        )
 
 
 class Card(NamedTuple):
@@ -164,9 +180,8 @@ def measure(chat: ChatModel, history: int, tokens: int, tick: Callable[[int], No
         plain_ms = beside.close() if beside else None
         gc.collect()  # nothing of earlier lengths is counted
         device_bytes = sum(x.nbytes for x in jax.live_arrays())
-        per_token = np.array([seconds / n for n, seconds in speaker.stretches])
-        settling = np.array(speaker.settling)
-        busy = settling > 4 * np.median(settling)  # a refocus changed something
+        per_token, settling = speaker.per_token(), np.array(speaker.settling)
+        looked = np.array(speaker.looked)
         record = {
             "kind": chat.kind,
             "history": history,
@@ -175,7 +190,8 @@ def measure(chat: ChatModel, history: int, tokens: int, tick: Callable[[int], No
             "ms_per_token_p50": 1e3 * float(np.percentile(per_token, 50)),
             "ms_per_token_p99": 1e3 * float(np.percentile(per_token, 99)),
             "ms_per_token_mean": speaker.ms_per_token,
-            "refocus_ms": 1e3 * float(settling[busy].mean()) if chat.focus and busy.any() else 0.0,
+            "tokens_per_s": 1e3 / speaker.ms_per_token,
+            "refocus_ms": 1e3 * float(settling[looked].mean()) if looked.any() else 0.0,
             "settle_share": float(settling.sum() / sum(seconds for _, seconds in speaker.stretches)),
             "device_bytes": device_bytes,
             "tree_bytes": session.tree.nbytes,

@@ -59,7 +59,8 @@ class Reply(NamedTuple):
 class ChatLoop:
     """Asks, streams the answer, remembers both. Works on any text streams, a terminal is not needed.
 
-    Answers go to `out`, remarks (why an answer stopped, how to go on) to `notes`. `new` makes a session to start over.
+    Answers go to `out`, remarks (why an answer stopped, how to go on) to `notes`. The loop closes its session; `start_over` makes
+    another, and says where the one before is kept.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class ChatLoop:
         session: Session,
         options: ChatOptions,
         *,
-        new: Callable[[], Session],
+        start_over: Callable[[], tuple[Session, Path | None]],
         seed: int = 42,
         read: Callable[[str], str] = input,
         out: TextIO | None = None,
@@ -75,11 +76,14 @@ class ChatLoop:
     ):
         self.session = session
         self._options = options
-        self._new = new
+        self._start_over = start_over
         self._seed = seed
         self._read = read
         self._out = out or sys.stdout
         self._notes = notes or sys.stderr
+
+    def close(self) -> None:
+        self.session.close()
 
     def answer_once(self, text: str, document: str = "") -> int:
         """Answers one message, after a document if there is one; the exit status. UserError if it does not fit."""
@@ -117,8 +121,8 @@ class ChatLoop:
         match name.lower():
             case "/reset" | "/clear" | "clear":
                 self.session.close()
-                self.session = self._new()
-                self._note("A new conversation.")
+                self.session, kept = self._start_over()
+                self._note("A new conversation." + (f" The one before is in {kept}." if kept else ""))
             case "/load":
                 self._load(rest)
             case "/focus":
@@ -249,12 +253,14 @@ def stats(session: Session) -> dict[str, str]:
     lines = {
         "history": f"{len(session):,} tokens, {session.memory.tokens:,} read",
         "shown in": f"{found['entries']:,} entries"
-        + (f" of {found['budget']:,}" if "budget" in found else ""),
+        + (f" ({found['budget']:,} after a refocus)" if "budget" in found else ""),
     }
     if why:
         lines["keys computed"] = f"{why}; kept through edits: {found['kept']:,}"
     edits = {
-        name: found[name] for name in ("refocuses", "expands", "collapses", "relayouts") if name in found
+        name: found[name]
+        for name in ("refocuses", "unpaid", "expands", "collapses", "relayouts")
+        if name in found
     }
     if edits:
         lines["focus"] = ", ".join(f"{count:,} {name}" for name, count in edits.items())

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megacontext_jax.infer.session import ABOUT, TREE, About, Session
 from megacontext_jax.model import gpt
 from megacontext_jax.telemetry.otel import open_otel
 
+WEIGHTS_SAMPLE = 4096  # numbers of each array that tell one training from another
 Event = Callable[[str, dict[str, Any], str], None]  # name, fields, session_id
 
 
@@ -69,7 +71,8 @@ class ChatModel:
 
     @cached_property
     def about(self) -> About:
-        return About(f"{self.name}, {self.kind}", digest(self.model.params, ("wte",)), self.tokenizer.digest)
+        weights = digest(self.model.params, sample=WEIGHTS_SAMPLE)
+        return About(f"{self.name}, {self.kind}", weights, self.tokenizer.digest)
 
     def memory(self) -> Memory:
         if self.focus is None:
@@ -141,6 +144,15 @@ class ChatModel:
             return self.new_session(folder)
         return self.open_session(folder, say)
 
+    def start_over(self, folder: Path | str | None) -> tuple[Session, Path | None]:
+        """An empty conversation in place of the one of a folder, which must be closed; (session, where the old one is now)."""
+        if folder is None:
+            return self.new_session(), None
+        folder = Path(folder)
+        kept = next(path for i in count(1) if not (path := folder.with_name(f"{folder.name}.{i}")).exists())
+        folder.rename(kept)
+        return self.new_session(folder), kept
+
     @cached_property
     def _tree(self) -> dict:
         """How the tree of a session is made."""
@@ -175,11 +187,13 @@ def tree_options(objective: ContextObjective, params: dict, levels: int) -> dict
     }
 
 
-def digest(params: dict | None, names: tuple[str, ...]) -> str:
-    """Identity of these parts of the parameters, those that are there."""
+def digest(params: dict | None, names: tuple[str, ...] | None = None, sample: int | None = None) -> str:
+    """Identity of the parameters, or of these parts of them that are there; of `sample` numbers of each array."""
     hasher = xxhash.xxh3_128()
-    parts = {name: params[name] for name in names if name in params} if params else {}
+    parts = {name: x for name, x in (params or {}).items() if names is None or name in names}
     for path, leaf in jax.tree.leaves_with_path(parts):
+        values = np.asarray(jax.device_get(leaf)).reshape(-1)
+        values = values[:: max(1, len(values) // sample)] if sample else values
         hasher.update(jax.tree_util.keystr(path).encode())
-        hasher.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
+        hasher.update(np.ascontiguousarray(values).tobytes())
     return hasher.hexdigest()

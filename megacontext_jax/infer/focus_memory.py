@@ -119,18 +119,22 @@ class FocusMemory:
         self._credit = max(0.0, self._credit - (sum(self.recomputed.values()) - before))
 
     def regions(self) -> list[Region]:
-        """Runs of entries of one level, oldest first."""
-        block, found = self.cfg.block, []
+        """Runs of entries of one level, oldest first, with the mean of the scores of the last look."""
+        block, found, scored = self.cfg.block, [], []
         for i, (level, node) in enumerate(zip(self._level.tolist(), self._node.tolist(), strict=True)):
             span = block**level
-            score = float(self._scores[i]) if i < len(self._scores) else None
             last = found[-1] if found else None
             if last and last.level == level:
-                total = None if score is None or last.score is None else last.score + score
-                found[-1] = last._replace(stop=(node + 1) * span, entries=last.entries + 1, score=total)
+                found[-1] = last._replace(stop=(node + 1) * span, entries=last.entries + 1)
             else:
-                found.append(Region(level, node * span, (node + 1) * span, 1, score))
-        return [r if r.score is None else r._replace(score=r.score / r.entries) for r in found]
+                found.append(Region(level, node * span, (node + 1) * span, 1))
+                scored.append([])
+            if i < len(self._scores):  # what has come since the last look has none
+                scored[-1].append(self._scores[i])
+        return [
+            region._replace(score=float(np.mean(scores))) if scores else region
+            for region, scores in zip(found, scored, strict=True)
+        ]
 
     def statistics(self) -> dict:
         return {
@@ -141,7 +145,8 @@ class FocusMemory:
             **self.edits,
         }
 
-    def snapshot(self) -> dict[str, np.ndarray]:
+    def snapshot(self, most: int | None = None) -> dict[str, np.ndarray]:
+        del most  # it is small
         return {
             "level": self._level,
             "node": self._node,
@@ -226,6 +231,7 @@ class FocusMemory:
         same = int(np.argmax(differs)) if differs.any() else n
         changed = same < max(len(level), old.shape[1])
         self._level, self._node, self._age = level, node, age
+        self._scores = self._scores[:same]  # those behind belong to other entries
         self._ready = min(self._ready, same)
         return changed
 
@@ -311,7 +317,7 @@ class FocusMemory:
         piece = self._piece(tree, 0, count, self.cfg.places)
         self._calls += 1
         tf_1QP = self._term_counts(tree) if self.cfg.lens == "lexical" else None
-        focus, stats, scores_1P = jax.device_get(
+        focus, stats, before_1P, after_1P = jax.device_get(
             programs.edit(
                 self._params,
                 piece,
@@ -326,23 +332,22 @@ class FocusMemory:
                 passes=passes,
             )
         )
-        self._scores = scores_1P[0, :count]
         expands, collapses = int(stats.expands_B[0]), int(stats.collapses_B[0])
         self.edits["expands"] += expands
         self.edits["collapses"] += collapses
         self.edits["refocuses"] += 1
-        self._tell(stats, count)
-        if not self._keep(focus):
+        self._tell(stats, before_1P[0, :count])
+        changed = self._keep(focus)
+        self._scores = after_1P[0, : len(self._level)]
+        if not changed:
             return False
-        self._scores = np.zeros(0, np.float32)
         list(self._complete(tree))  # what has just collapsed may be shown for the first time
         self._bring_up(tree, "expand" if expands else "collapse")
         return True
 
-    def _tell(self, stats: EditStats, count: int) -> None:
-        """What a look found and the edits it led to."""
-        s = jax.tree.map(lambda x_B: x_B[0].item(), stats)
-        scores = self._scores
+    def _tell(self, stats: EditStats, scores: np.ndarray) -> None:
+        """What a look found, a score per entry, and the edits it led to."""
+        s, count = jax.tree.map(lambda x_B: x_B[0].item(), stats), len(scores)
         self._watch(
             "focus_allocator",
             {

@@ -82,10 +82,12 @@ def extend(params, piece: Piece, tokens_1, cache, *, cfg: FocusConfig):
         before_1TC = gpt.embed(params, jnp.maximum(piece.before_1T, 0), dtype)
         smeared_1T = raw_1T & (piece.before_1T >= 0)
         x_1TC = gpt.smear(params, x_1TC, before_1TC * smeared_1T[..., None].astype(dtype))
-    layout, index_1T = piece.layout, cache.length_B[:, None] + jnp.arange(x_1TC.shape[1])
-    mu_1T = index_1T if cfg.positions == "rank" else centres(layout, cfg.block)
+    layout = piece.layout
+    mu_1T, fraction_1T = centres(layout, cfg.block, cfg.positions)
+    if cfg.positions == "rank":  # the piece begins behind what the cache holds
+        mu_1T = mu_1T + cache.length_B[:, None]
     sigma_1T = None if cfg.positions == "simple" else spreads(layout, cfg.block)
-    rope = gaussian_rope(model, mu_1T, sigma_1T, dtype)
+    rope = gaussian_rope(model, mu_1T, sigma_1T, dtype, fraction_1T)
     if cfg.positions == "rank":  # what is decoded next goes on counting entries
         tokens_1 = cache.length_B + piece.count_1
     prompt = decode.Prompt(piece.ids_1T, tokens_1, raw_1T, e_1TC)
@@ -108,7 +110,7 @@ def edit(
     passes: int,
 ):
     """One look and `passes` rounds of edits by it, at the place `first` or behind, the budget aside: (focus after them,
-    statistics, scores before)."""
+    statistics, scores [1, P] before, those after)."""
     layout, key = piece.layout, jax.random.key(call)
     mass_1P = looks_1QP.sum(1)
     match cfg.lens:
@@ -140,7 +142,7 @@ def edit(
         first=first,
         key=key,
     )
-    return focus, stats, scores_1P
+    return focus, stats, scores_1P, of_this_look(focus.layout)
 
 
 @partial(jax.jit, static_argnames="cfg")

@@ -23,12 +23,12 @@ from megacontext_jax.context import gistnet
 from megacontext_jax.context.gist_rows import (
     GistRows,
     row_attention,
-    row_centre,
+    row_centres,
     row_entries,
     row_spread,
     split_levels,
 )
-from megacontext_jax.context.positions import gaussian_rope
+from megacontext_jax.context.positions import gaussian_rope, span_centres
 from megacontext_jax.infer.model import Model, Region, prepare_params
 from megacontext_jax.model import decode, gpt
 
@@ -129,11 +129,9 @@ class GistDecoder:
         x_BRC = jnp.concatenate([gpt.smear(params, tables[0], before_BTC), *tables[1:]], axis=1)
         first = [start_B[:, None] // spec.block**level for level in range(spec.levels + 1)]
         index = [f + jnp.arange(n) for f, n in zip(first, sizes, strict=True)]
-        mu_BR = jnp.concatenate(
-            [row_centre(cfg, level, i.astype(jnp.float32)) for level, i in enumerate(index)], 1
-        )
+        mu_BR, fraction_R = row_centres(cfg, index)
         sigma_R = jnp.concatenate([jnp.full(n, row_spread(cfg, level)) for level, n in enumerate(sizes)])
-        rope = gaussian_rope(cfg, mu_BR, jnp.broadcast_to(sigma_R, mu_BR.shape), self.dtype)
+        rope = gaussian_rope(cfg, mu_BR, jnp.broadcast_to(sigma_R, mu_BR.shape), self.dtype, fraction_R)
         ids_BR = jnp.pad(ids_BT, ((0, 0), (0, sum(sizes[1:]))))
         raw_R1 = (jnp.arange(sum(sizes)) < T)[:, None].astype(self.dtype)
         x0_BRC, kept_BRC, layers = x_BRC, None, []
@@ -237,8 +235,9 @@ class GistDecoder:
         """One row per sequence, its span ending with token `position_B`: final stream, that of the middle, caches."""
         cfg, spec = self.cfg, self.cfg.gist_spec
         row_B = (position_B + 1) // spec.block**level - 1
-        mu_B1 = row_centre(cfg, level, row_B.astype(jnp.float32))[:, None]
-        rope = gaussian_rope(cfg, mu_B1, jnp.full(mu_B1.shape, row_spread(cfg, level)), self.dtype)
+        span = spec.block**level
+        mu_B1, fraction = span_centres(row_B[:, None] * span, span)
+        rope = gaussian_rope(cfg, mu_B1, jnp.full(mu_B1.shape, row_spread(cfg, level)), self.dtype, fraction)
         x0_B1C, kept_B1C, filled = x_B1C, None, []
         # a gist has no value embeddings: any token stands in, its rows are left out
         ids = jnp.zeros((len(position_B), 1), jnp.int32) if ids_B1 is None else ids_B1

@@ -52,8 +52,8 @@ class Memory(Protocol):
 
     def statistics(self) -> dict: ...
 
-    def snapshot(self) -> dict[str, np.ndarray]:
-        """What must be kept beside the tree to go on without reading it all again."""
+    def snapshot(self, most: int | None = None) -> dict[str, np.ndarray]:
+        """What must be kept beside the tree to go on without reading it all again; nothing if it has more than `most` bytes."""
 
     def restore(self, arrays: dict[str, np.ndarray]) -> None:
         """Goes back to a snapshot. Raises ValueError if it is none of this memory."""
@@ -119,10 +119,13 @@ class TokenMemory:
     def statistics(self) -> dict:
         return {"entries": sum(region.entries for region in self.regions()), "recomputed": {}, "kept": 0}
 
-    def snapshot(self) -> dict[str, np.ndarray]:
-        if not self._rows:
+    def snapshot(self, most: int | None = None) -> dict[str, np.ndarray]:
+        leaves = jax.tree.leaves((self.cache, self.logits_1V))
+        if not self._rows or not is_alive(leaves):
             return {}
-        leaves = jax.device_get(jax.tree.leaves((self.cache, self.logits_1V)))
+        if most is not None and sum(x.nbytes for x in leaves) > most:
+            return {}
+        leaves = jax.device_get(leaves)
         return {
             f"leaf_{i}": np.asarray(x, np.float32 if x.dtype.kind == "V" else x.dtype)
             for i, x in enumerate(leaves)

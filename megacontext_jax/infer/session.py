@@ -26,6 +26,7 @@ from megacontext_jax.infer.memory import Memory, Tick, check_fits
 from megacontext_jax.infer.model import Region
 
 APPEND = 4096  # tokens of a long text that are acknowledged at a time
+SMALL = 1 << 20  # bytes of a memory that are written after every answer
 SNAPSHOT_EVERY = 65_536  # tokens read between two snapshots of a memory, while a long text is read
 ABOUT, TREE, SNAPSHOT = "session.json", "tree", "memory.npz"
 
@@ -35,7 +36,7 @@ class About:
     """What a session's folder says of itself."""
 
     model: str  # run, step and pattern: whose memory it is
-    weights: str  # digest of its embeddings: a run of the same name may have been trained again
+    weights: str  # digest of a sample of them: a run of the same name may have been trained again
     tokenizer: str  # digest
 
     def write(self, folder: Path) -> None:
@@ -65,7 +66,7 @@ class Session:
         self.tree = tree
         self.folder = folder
         self._saved = 0  # tokens of the history when the memory was last written
-        self._turns = 0
+        self.turns = 0  # answers given
         tokenizer = engine.tokenizer
         self.tokenizer = tokenizer
         names = ("bos", "user_start", "user_end", "assistant_start", "assistant_end")
@@ -106,7 +107,10 @@ class Session:
         self.append([*self._opening(), *self.tokenizer.encode(text), self._user_end, self._assistant])
 
     def read(self, tick: Tick = lambda tokens: None) -> None:
-        """Lets the model read what it has not; `tick` is told how far it is. May be interrupted and called again."""
+        """Lets the model read what it has not, and look at all again with that in sight; `tick` is told how far it is.
+
+        May be interrupted and called again.
+        """
         for tokens in self.reading():
             tick(tokens)
 
@@ -156,7 +160,7 @@ class Session:
         draw = self.engine.draw(**options)
         if not len(self.tree):
             raise UserError("There is nothing to answer yet; add a message first.")
-        return self._answer(draw._replace(seed=draw.seed + self._turns), tick)
+        return self._answer(draw._replace(seed=draw.seed + self.turns), tick)
 
     def _answer(self, draw: Draw, tick: Tick) -> Iterator[list[Event]]:
         for tokens in self.reading():
@@ -167,9 +171,13 @@ class Session:
             limit_1 = np.array([limit], np.int32)
             yield from self.engine.stretches(self.state(limit), limit_1, draw, between=self)
         finally:
-            self._turns += 1
-            if self.folder:
-                self._write_snapshot(small=True)
+            self.end_turn()
+
+    def end_turn(self) -> None:
+        """After an answer: the next one draws otherwise, and what is small is kept at once."""
+        self.turns += 1
+        if self.folder:
+            self._write_snapshot(small=True)
 
     def limit(self, max_tokens: int | None) -> int:
         """Tokens that an answer may have here."""
@@ -209,9 +217,9 @@ class Session:
         self._write_snapshot()
 
     def _write_snapshot(self, small: bool = False) -> None:
-        """What the memory needs to go on. Without it, it reads again from the last one: slower, and the same."""
-        arrays = self.memory.snapshot()
-        if not arrays or (small and sum(x.nbytes for x in arrays.values()) > 1 << 20):
+        """What the memory needs to go on. Without it, it reads again from the last one."""
+        arrays = self.memory.snapshot(most=SMALL if small else None)
+        if not arrays:
             return
         with atomic_path(self.folder / SNAPSHOT) as scratch, open(scratch, "wb") as file:
             np.savez(file, **arrays)
@@ -229,13 +237,19 @@ class Session:
             say(f"{path} cannot be used; the history is read anew.")
             self.memory.reset()
             return
-        if self.memory.tokens > len(self.tree):  # the disk lost tokens that the snapshot had
+        if self.memory.tokens > len(
+            self.tree
+        ):  # the disk lost tokens that the snapshot had, and others will follow
             self.memory.reset()
+            path.unlink()
         self._saved = self.memory.tokens
 
     def close(self) -> None:
-        if self.folder and self._saved < self.memory.tokens:
-            self._write_snapshot()
+        """Lets go of the folder; what is in it outlives a power cut from here on."""
+        if self.folder:
+            self.tree.sync()
+            if self._saved < self.memory.tokens:
+                self._write_snapshot()
         self.tree.close()
 
 

@@ -28,11 +28,13 @@ class _Together:
 
     def __init__(self, sessions: Sequence[Session]):
         self._sessions = sessions
+        self._left = [True] * len(sessions)  # those that still speak
 
     def room(self) -> int:
-        return min(session.room() for session in self._sessions)
+        return min(session.room() for session, left in zip(self._sessions, self._left, strict=True) if left)
 
     def settle(self, state: State, token_NB: np.ndarray) -> State:
+        self._left = [left > 0 for left in jax.device_get(state.left_B).tolist()]
         rows, moved = _split((state.cache, state.logits_BV)), False
         for session, (cache, logits_1V), token_N in zip(self._sessions, rows, token_NB.T, strict=True):
             session.keep(cache, logits_1V, token_N)
@@ -44,7 +46,8 @@ class _Together:
 
 
 def answer_together(sessions: Sequence[Session], **options) -> Iterator[Event]:
-    """As `Session.answer` for sessions of one `ChatModel`; the row of an event is the place of its session.
+    """As `Session.answer` for sessions of one `ChatModel`; the row of an event is the place of its session, which its draws
+    depend on.
 
     Raises UserError for settings out of range, and if a session has nothing to answer.
     """
@@ -59,4 +62,9 @@ def _run(sessions: Sequence[Session], draw: Draw) -> Iterator[Event]:
     limits = [session.limit(draw.max_tokens) for session in sessions]
     states = [session.state(limit) for session, limit in zip(sessions, limits, strict=True)]
     engine = sessions[0].engine
-    yield from engine.run(_join(states), np.array(limits, np.int32), draw, _Together(sessions))
+    draw = draw._replace(seed=draw.seed + max(session.turns for session in sessions))
+    try:
+        yield from engine.run(_join(states), np.array(limits, np.int32), draw, _Together(sessions))
+    finally:
+        for session in sessions:
+            session.end_turn()

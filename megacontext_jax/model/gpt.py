@@ -21,6 +21,7 @@ from megacontext_jax.model.attention import AttentionFn, blocked_attention, refe
 from megacontext_jax.model.loss import capped_logits
 
 EPS = float(np.finfo(np.float32).eps)  # also for bfloat16 activations, as in nanochat
+TURN = 1 << 16  # tokens; see `rope_table`
 
 
 def init_params(cfg: GPTConfig, key: jax.Array) -> dict:
@@ -71,13 +72,28 @@ def rope_frequencies(cfg: GPTConfig) -> np.ndarray:
     return 1.0 / np.float32(cfg.constants.rope_base) ** (np.arange(0, D, 2, dtype=np.float32) / np.float32(D))
 
 
-def rope_table(cfg: GPTConfig, positions, dtype):
-    """cos and sin of the rotary angles, shape [*positions.shape, D/2]; early generations round to bfloat16."""
-    angles = positions[..., None].astype(jnp.float32) * rope_frequencies(cfg)
+def rope_table(cfg: GPTConfig, positions, dtype, fraction=0.0):
+    """cos and sin of the rotary angles at `positions + fraction`, shape [*positions.shape, D/2].
+
+    Whole positions of any size keep their phase: in float32 a product of position and frequency would be off by more than a
+    radian at 33 million. Early generations round to bfloat16.
+    """
+    angles = _angles(cfg, positions, fraction)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     if cfg.constants.rope_bf16:
         cos, sin = cos.astype(jnp.bfloat16), sin.astype(jnp.bfloat16)
     return cos.astype(dtype), sin.astype(dtype)
+
+
+def _angles(cfg: GPTConfig, positions, fraction):
+    frequency = rope_frequencies(cfg)
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        return (positions + fraction)[..., None].astype(jnp.float32) * frequency
+    # below TURN the same products as ever; whole turns of TURN tokens add what they leave of a circle
+    turn, rest = positions // TURN, positions % TURN
+    left_over = np.float32(np.mod(TURN * frequency.astype(np.float64), 2 * np.pi))
+    near = (rest.astype(jnp.float32) + fraction)[..., None] * frequency
+    return turn[..., None].astype(jnp.float32) * left_over + near
 
 
 def apply_rope(x_BTHD, rope):

@@ -1,4 +1,6 @@
 import io
+import signal
+from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ def says(text, window=256):
 
 def loop_of(decoder, options=GREEDY, **streams):
     chat = mock_chat(decoder)
-    return ChatLoop(chat.new_session(), options, new=chat.new_session, **streams)
+    return ChatLoop(chat.new_session(), options, start_over=partial(chat.start_over, None), **streams)
 
 
 def talk(decoder, *lines, options=GREEDY, ends=EOFError, out=None):
@@ -133,6 +135,46 @@ def test_ctrl_c_stops_the_answer_not_the_program():
     assert out.count("Assistant: ab\n") == 2
     assert notes.splitlines() == ["Stopped.", "A new conversation.", "Stopped."]
     assert remembered(loop) == rendered("Two", "abcde")  # the model had said it already
+
+
+class Pressed(io.StringIO):
+    """A real Ctrl-C at the third character of an answer."""
+
+    def write(self, text):
+        if text == "c":
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
+
+
+def test_a_real_ctrl_c_waits_until_nothing_is_half_done():
+    before = signal.getsignal(signal.SIGINT)
+    loop, out, notes = talk(says("abcdefghijkl"), "One", "Two", out=Pressed())
+    assert out.count("Assistant: abc\n") == 2  # what was said is shown, and the next answer comes
+    assert notes.splitlines() == ["Stopped.", "Stopped."]
+    assert remembered(loop).startswith(rendered("One", "abcdefgh").removesuffix("<|assistant_end|>"))
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_new_conversation_leaves_the_one_in_the_folder_alone(tmp_path):
+    chat, notes = mock_chat(says("Yes.")), io.StringIO()
+    folder = tmp_path / "talk"
+    script = iter(["One", "/reset", "Two", "/save", "/reset", "quit"])
+    loop = ChatLoop(
+        chat.session(folder),
+        GREEDY,
+        start_over=partial(chat.start_over, folder),
+        read=lambda prompt: next(script),
+        out=io.StringIO(),
+        notes=notes,
+    )
+    loop.run()
+    loop.close()
+    assert f"The one before is in {folder}.2." in notes.getvalue()
+    for name, said in (("talk.1", ("One", "Yes.")), ("talk.2", ("Two", "Yes."))):
+        with chat.open_session(tmp_path / name) as session:
+            assert TOK.decode(session.tree.tokens().tolist()) == rendered(*said)
+    with chat.open_session(folder) as session:
+        assert len(session) == 0
 
 
 def once(decoder, text, out=None, options=GREEDY):

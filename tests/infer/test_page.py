@@ -88,6 +88,10 @@ def test_a_conversation_in_a_browser(page, tmp_path):
     assert "gist" in window.run("document.getElementById('detail').textContent")
     picture(window, "phone")
 
+    send(window, "Who was it?")  # the conversation goes on
+    window.until(f"{MESSAGES}.length === 6 && {IDLE}")
+    assert [text.strip() for text in window.run(MESSAGES)][:4] == shown
+
     send(window, "/clear")
     window.until("document.getElementById('memory').hidden")
     assert window.run(MESSAGES) == []

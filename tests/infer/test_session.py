@@ -1,8 +1,10 @@
 """Sessions: what they say is what whole sequences would, whatever was appended and edited; what is kept, and where."""
 
+import shutil
 from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import pytest
 
 from megacontext_jax.context.layout import Layout, violations
 from megacontext_jax.errors import UserError
+from megacontext_jax.infer import engine
+from megacontext_jax.infer.memory import is_alive
 from megacontext_jax.infer.session_batch import answer_together
 from tests.infer.session_models import (
     BUDGET,
@@ -264,6 +268,12 @@ def test_a_session_of_another_model_is_refused(tmp_path):
     moved = jax.tree.map(lambda x: x + 1 if x.dtype.kind == "f" else x, again.model.params)
     with pytest.raises(UserError, match="this model with other weights or precision"):
         replace(again, model=again.model._replace(params=moved)).session(tmp_path / "a")
+    layers = {
+        **again.model.params,
+        "lm_head": again.model.params["lm_head"] * 2,
+    }  # the embeddings are the same
+    with pytest.raises(UserError, match="this model with other weights or precision"):
+        replace(again, model=again.model._replace(params=layers)).session(tmp_path / "a")
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "file").write_text("mine")
     with pytest.raises(UserError, match="no session"):
@@ -283,6 +293,57 @@ def test_a_damaged_snapshot_is_told_and_read_around(tmp_path):
         session.read()
         np.testing.assert_allclose(session.memory.logits_1V, expected, atol=1e-5)
     assert any("read anew" in line for line in told)
+
+
+def test_a_snapshot_of_tokens_that_the_disk_has_lost_is_let_go_of(tmp_path):
+    chat = rows_chat()
+    with chat.new_session(tmp_path / "a") as session:
+        session.append(np.arange(70, dtype=np.uint32))
+        session.read()
+    snapshot = (tmp_path / "a" / "memory.npz").read_bytes()
+    shutil.rmtree(tmp_path / "a")
+    with chat.new_session(tmp_path / "a") as session:
+        session.append(np.arange(100, 150, dtype=np.uint32))
+    (tmp_path / "a" / "memory.npz").write_bytes(snapshot)
+    with chat.open_session(tmp_path / "a") as session:
+        assert session.memory.tokens == 0
+        session.append(np.arange(100, dtype=np.uint32))
+    assert not (tmp_path / "a" / "memory.npz").exists()  # or it would be taken for these 150
+
+
+@pytest.mark.parametrize("make", [rows_chat, partial(focus_chat, lens="learned")], ids=["rows", "focus"])
+def test_an_interrupt_while_the_device_works_costs_time_alone(make, tmp_path, monkeypatch):
+    chat = make()
+    with chat.new_session(tmp_path / "a") as session:
+        session.append(np.arange(70, dtype=np.uint32))
+        session.read()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "jax", SimpleNamespace(**{**vars(jax), "device_get": interrupted}))
+            with pytest.raises(KeyboardInterrupt):
+                list(session.answer(max_tokens=5))
+        assert not is_alive(session.memory.cache)  # consumed by the step that nobody has seen the end of
+        said = [event.token for event in session.answer(max_tokens=5, temperature=0.0)]
+    with chat.new_session() as session:
+        session.append(np.arange(70, dtype=np.uint32))
+        assert [event.token for event in session.answer(max_tokens=5, temperature=0.0)] == said
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_regions_have_the_scores_of_the_last_look_after_it_has_edited():
+    chat = focus_chat(lens="learned")
+    with chat.new_session() as session:
+        session.append(np.arange(120, dtype=np.uint32))
+        session.read()
+        assert session.memory.edits["collapses"] > 0
+        assert all(region.score is not None for region in session.regions())
+        list(session.answer(max_tokens=3, temperature=0.0))
+        *old, _newest = session.regions()
+        assert all(region.score is not None for region in old)
+        scores = [region.score for region in old]
+        assert min(scores) < max(scores)
 
 
 @pytest.mark.parametrize(

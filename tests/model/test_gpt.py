@@ -327,3 +327,14 @@ def test_dispatch_says_what_it_chose_and_why():
     choice = select_attention("auto", platform="gpu", dtype="float32", head_dim=128, capability=9.0)
     assert choice.name == "xla"
     assert "float32" in choice.why
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_phases_of_far_positions(fraction):
+    far = np.array([5, gpt.TURN - 1, gpt.TURN, 1_000_001, (1 << 25) - 1], np.int32)
+    angles = (far + fraction)[:, None] * gpt.rope_frequencies(TINY).astype(np.float64)
+    cos, sin = gpt.rope_table(TINY, jnp.asarray(far), jnp.float32, fraction)
+    np.testing.assert_allclose(cos, np.cos(angles), atol=0.01)
+    np.testing.assert_allclose(sin, np.sin(angles), atol=0.01)
+    floats = gpt.rope_table(TINY, jnp.asarray(far[:2], jnp.float32), jnp.float32, fraction)
+    np.testing.assert_array_equal(cos[:2], floats[0])
