@@ -143,6 +143,7 @@ def open_folder(
     wanted: dict | None = None,
     verify: bool = False,
     repair: bool = False,
+    gists: bool = True,
     say: Callable[[str], None] = print,
 ) -> DiskTree:
     """Open a tree, put right what a kill left, encode what is missing. `wanted` are fields it must have."""
@@ -152,7 +153,7 @@ def open_folder(
             finish_refresh(folder, say)
             spec = read_metadata(folder)
             _check_same(folder, spec, {"gistnet": gistnet, **(wanted or {})})
-            tree = _load(folder, spec, encode, embed, say, repair)
+            tree = _load(folder, spec, encode, embed, say, repair, gists)
         tree._lock = lock
         if verify:
             try:
@@ -270,8 +271,9 @@ def _load(
     embed: Embed,
     say: Callable[[str], None],
     repair: bool = False,
+    gists: bool = True,
 ) -> DiskTree:
-    """The tree of a folder that is locked and has no refresh pending; missing gists are encoded."""
+    """The tree of a folder that is locked and has no refresh pending; missing gists are encoded if `gists`."""
     tree = DiskTree(folder, spec, [], encode, embed)
     try:
         for level in range(spec.max_levels + 1):
@@ -281,7 +283,8 @@ def _load(
                 complete = len(tree._rows[level - 1]) // spec.block
                 if len(rows) > complete:
                     rows.cut(complete)
-        tree._fill(limit=max(1, REBUILD_TOKENS // spec.block))
+        if gists:
+            tree._fill(limit=max(1, REBUILD_TOKENS // spec.block))
     except BaseException:
         tree.close()
         raise

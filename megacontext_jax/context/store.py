@@ -62,6 +62,7 @@ def open_store(
     dtype: str | None = None,
     verify: bool = False,
     repair: bool = False,
+    gists: bool = True,
     say: Callable[[str], None] = print,
 ) -> DiskTree:
     """The tree in a folder, as it was when its last append returned.
@@ -69,12 +70,21 @@ def open_store(
     Checks the end of every file, with `verify` all of them. UserError for damage, for gists of another GistNet
     and for a `block`, `width` or `dtype` other than the one given here. With `repair`, everything is checked and
     what comes before the damage is kept (after a power cut at least what was synced), gists are encoded anew.
+    Without `gists` those that are missing wait for `complete`, as with `append`.
     `say` receives what was found and done.
     """
     wanted = {"block": block, "width": width, "dtype": dtype and np.dtype(dtype).name}
     wanted = {name: value for name, value in wanted.items() if value is not None}
     return open_folder(
-        Path(path), gistnet, encode, embed, wanted=wanted, verify=verify, repair=repair, say=say
+        Path(path),
+        gistnet,
+        encode,
+        embed,
+        wanted=wanted,
+        verify=verify,
+        repair=repair,
+        gists=gists,
+        say=say,
     )
 
 

@@ -133,7 +133,7 @@ class ChatModel:
         options = {
             k: v for k, v in self._tree.items() if k in ("gistnet", "encode", "embed", "block", "width")
         }
-        tree = open_store(folder / TREE, say=say, **options)
+        tree = open_store(folder / TREE, say=say, gists=False, **options)  # the memory completes them
         session = Session(self.engine, self.memory(), tree, folder)
         session.restore(say)
         return session

@@ -276,7 +276,7 @@ def test_options_that_do_not_fit(tmp_path):
 
 @pytest.mark.slow
 def test_sixty_four_clients_are_served_alike():
-    """Prints the figures of docs/web.md; the models are tiny, the clients real connections."""
+    """Prints the figures of docs/testing.md; the models are tiny, the clients real connections."""
     process = psutil.Process()
     for name, chat in (("mock", web.alphabet()), ("working context", web.letters())):
         with web.serving(chat, options=ChatConfig(temperature=1.0)) as (client, server):

@@ -260,6 +260,16 @@ def test_a_session_on_disk_goes_on_where_it_was(make, tmp_path):
     assert chat.model.decoder.vocab_size == VOCAB
 
 
+def test_opening_a_folder_encodes_nothing_that_reading_will(tmp_path):
+    chat = focus_chat()
+    with chat.new_session(tmp_path / "a") as session:
+        session.append(np.arange(70, dtype=np.uint32))
+    with chat.open_session(tmp_path / "a") as session:
+        assert session.tree.count(1) == 0
+        session.read()
+        assert session.tree.count(1) == 70 // K
+
+
 def test_a_session_of_another_model_is_refused(tmp_path):
     rows_chat().new_session(tmp_path / "a").close()
     with pytest.raises(UserError, match="gist attention, and this is tiny, step 1, plain"):
