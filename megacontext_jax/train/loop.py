@@ -167,6 +167,7 @@ def train(setup: Setup) -> int:
 def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     opts, mesh, n_steps = setup.options, setup.mesh, setup.num_iterations
     key = jax.random.key(setup.config.run.seed)
+    asked = micro_batches(setup)
 
     # --- A new run, one that goes on, or one that is done ------------------------------------------------
     template = abstract_state(mesh, setup.init, setup.optimizer, key)
@@ -175,8 +176,8 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     if resume_step is not None:
         meta = checkpoints.read_meta(resume_step)
         known = meta["identity"]
-        asked = {k: v for k, v in setup.identity.items() if k in known or not meta.get("partial_identity")}
-        checkpoints.check_compatible(known, asked, setup.identity_defaults)
+        ours = {k: v for k, v in setup.identity.items() if k in known or not meta.get("partial_identity")}
+        checkpoints.check_compatible(known, ours, setup.identity_defaults)
         if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
             print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
             return 0
@@ -185,6 +186,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         state = TrainState(restored.params, restored.opt_state, step_array)
         setup.stream.set_state(restored.data_state)
         loop_state = meta["loop_state"]
+        resume_micro_batches(setup, loop_state)
         print0(f"Continuing {setup.folder.name} at step {resume_step} of {n_steps}.")
     else:
         if setup.start_params is not None:
@@ -233,7 +235,12 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             "num_iterations": n_steps,
             "identity": setup.identity,
             "config": setup.config.to_dict(),
-            "loop_state": {"meter": meter.get_state(), "best": best, "results": results},
+            "loop_state": {
+                "meter": meter.get_state(),
+                "best": best,
+                "results": results,
+                "micro_batches": {"asked": asked, "accumulation": setup.accumulation},
+            },
             **setup.description,
         }
         checkpoints.save(
@@ -349,6 +356,22 @@ def place(setup: Setup, rows: dict) -> dict:
         name: meshes.global_batch(setup.mesh, rows[name].reshape(A, -1, rows[name].shape[-1]))
         for name in ("inputs", "targets")
     }
+
+
+def micro_batches(setup: Setup) -> dict[str, int]:
+    """How a step's rows are dealt out."""
+    return {"accumulation": setup.accumulation, "shards": meshes.batch_shards(setup.mesh)}
+
+
+def resume_micro_batches(setup: Setup, loop_state: dict) -> None:
+    """Goes on with the accumulation of the checkpoint, which an earlier phase may have raised.
+
+    Randomness derives from the number of the micro-batch, so another accumulation draws other working contexts. A run
+    whose flags or devices deal the rows out in another way begins as these say.
+    """
+    saved = loop_state.get("micro_batches")  # older checkpoints do not have it
+    if saved and saved["asked"] == micro_batches(setup):
+        setup.accumulation = saved["accumulation"]
 
 
 def compile_phase(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):

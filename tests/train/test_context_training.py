@@ -1,6 +1,7 @@
 """Training with --mc through the real scripts: every stage, killed, continued, refused, judged and asked."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -269,6 +270,34 @@ def test_one_row_that_does_not_fit_is_one_sentence(on_a_small_device):
         on_a_small_device(1.2)
     assert "--remat full" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_whose_micro_batches_were_halved_continues_with_these(here, monkeypatch, capsys):
+    """The first phase does not fit the device, the later one would."""
+    words = ("--tag", "halved", *MC, "--num-iterations", "4", "--save-every", "2", "--eval-every", "-1")
+    words = flags(*words, "--mc-disable-val", "--mc-raw-share", "0.25", "--mc-curriculum-share", "0")
+    needed = iter([math.inf])
+    monkeypatch.setattr(loop.hardware, "compiled_memory", lambda compiled: next(needed, 0))
+    assert not base_train.main(words)
+    assert capsys.readouterr().out.count("1 rows in 4 micro-batch(es)") == 3
+    curve = losses(here, "megacontext_base_halved")
+    shutil.rmtree(here / "artifacts/megacontext_base_halved/000004")
+    assert not base_train.main(words)
+    assert "Continuing megacontext_base_halved at step 2" in capsys.readouterr().out
+    assert losses(here, "megacontext_base_halved") == curve
+
+
+def test_other_flags_deal_the_rows_out_anew():
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+    saved = {"asked": {"accumulation": 2, "shards": 1}, "accumulation": 8}
+    for accumulation, state, wanted in ((2, saved, 8), (1, saved, 1), (2, {}, 2)):
+        setup_ = SimpleNamespace(mesh=mesh, accumulation=accumulation)
+        loop.resume_micro_batches(setup_, {"micro_batches": state} if state else {})
+        assert setup_.accumulation == wanted
+    saved["asked"]["shards"] = 8
+    setup_ = SimpleNamespace(mesh=mesh, accumulation=2)
+    loop.resume_micro_batches(setup_, {"micro_batches": saved})
+    assert setup_.accumulation == 2
 
 
 # --- Meshes ---------------------------------------------------------------------------------------------
