@@ -144,8 +144,9 @@ class StepLog:
                 self._metrics.event(kind, fields, f"train_step_{step}")
         if "mc/variants_mean" not in values:
             return
-        variants = {name: values[f"mc/variants_{name}"] for name in ("total", "mean")}
-        fields = {f"variants_{name}": value for name, value in variants.items()}
+        each = values["mc/variants_mean"]  # every sequence has as many
+        fields = {"variants_total": values["mc/variants_total"]}
+        fields |= {f"variants_{name}": each for name in ("mean", "max", "min")}
         self._metrics.event("mc_batch_stats", fields, f"train_step_{step}")
         if self._describe:
             words = ", ".join(
@@ -199,7 +200,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     # --- Compile each phase once, ahead of time: no step can recompile ------------------------------------
     shardings = jax.tree.map(lambda x: x.sharding, template)
     position = setup.stream.get_state()
-    rows = next(setup.stream)
+    rows, waited = timed_next(setup.stream)
     phase = phase_at(setup, int(resume_step or 0))
     train_steps, batch = compile_phase(setup, phase, state, rows, shardings)
     tokens_per_step = math.prod(batch["inputs"].shape)
@@ -325,11 +326,11 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             # a single training step; the next batch is read while the device is busy
             train_step = train_steps[(step - phase.first_step) % len(train_steps)]
             state, values = train_step(state, batch)
-            log.dispatched(step, values)
+            log.dispatched(step, values | about_batch(setup, tokens_per_step, waited, values))
             step += 1
             if step < n_steps:
                 position = setup.stream.get_state()
-                rows = next(setup.stream)
+                rows, waited = timed_next(setup.stream)
                 batch = place(setup, rows)
             if simulated:
                 jax.block_until_ready(values)  # simulated devices deadlock on queued collectives
@@ -343,6 +344,25 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     if jax.process_index() == 0:
         write_report(setup, meter, results, best, samples)
     return 0
+
+
+def timed_next(stream) -> tuple[dict, float]:
+    """The next rows, and the seconds until they were there."""
+    started = time.perf_counter()
+    rows = next(stream)
+    return rows, time.perf_counter() - started
+
+
+def about_batch(setup: Setup, tokens: int, waited: float, values: dict) -> dict[str, float]:
+    """What the host knows of a step's batch, as metrics."""
+    found = {
+        "train/tokens_per_step": tokens,
+        "train/grad_accum_steps": setup.accumulation,
+        "time/dataloader_ms": 1e3 * waited,
+    }
+    if "mc/variants_mean" in values:
+        found["mc/grad_accum_steps"] = setup.accumulation
+    return found
 
 
 def phase_at(setup: Setup, step: int) -> Phase:
