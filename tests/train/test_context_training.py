@@ -43,15 +43,8 @@ MC = (
     *("--gistnet-layers", "1", "--lensnet-layers", "1"),
 )
 TOLD = ("--mc-log-timers", "--mc-train-report", "--mc-log-lod-ascii-val", "--mc-log-lod-ascii-train")
-BASE = (
-    *MC,
-    *TOLD,
-    "--mc-log-lens-debug",
-    "--mc-raw-share",
-    "0.25",
-    "--mc-curriculum-share",
-    "0",
-)  # two phases
+QUIET = (*MC, "--mc-raw-share", "0.25", "--mc-curriculum-share", "0")  # two phases
+BASE = (*QUIET, *TOLD, "--mc-log-lens-debug")
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -181,8 +174,8 @@ def test_tokens_are_counted_as_in_a_vanilla_run(trained):
 def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
     """Saved in the first phase, killed in it or in the second."""
     shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
-    kill_when_saved(tmp_path, "megacontext_base_d1", 3, "base_train", *BASE)
-    assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *BASE)
+    kill_when_saved(tmp_path, "megacontext_base_d1", 3, "base_train", *QUIET)
+    assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *QUIET)
     assert losses(tmp_path, "megacontext_base_d1") == losses(trained, "megacontext_base_d1")
     assert sorted(losses(trained, "megacontext_base_d1")) == list(range(N))
 
@@ -336,8 +329,8 @@ def test_one_row_that_does_not_fit_is_one_sentence(on_a_small_device):
 
 def test_a_run_whose_micro_batches_were_halved_continues_with_these(here, monkeypatch, capsys):
     """The first phase does not fit the device, the later one would."""
-    words = ("--tag", "halved", *MC, "--num-iterations", "4", "--save-every", "2", "--eval-every", "-1")
-    words = flags(*words, "--mc-disable-val", "--mc-raw-share", "0.25", "--mc-curriculum-share", "0")
+    words = ("--tag", "halved", *QUIET, "--num-iterations", "4", "--save-every", "2", "--eval-every", "-1")
+    words = flags(*words, "--mc-disable-val")
     needed = iter([math.inf])
     monkeypatch.setattr(loop.hardware, "compiled_memory", lambda compiled: next(needed, 0))
     assert not base_train.main(words)
