@@ -25,15 +25,24 @@ def collect(nll_BNW, delta_BNW, counted_BNW, level_BNW, levels: int, horizon: in
     }
 
 
+def forecast_statistics(loss_RP, level_RP, known_RP, levels: int):
+    """[levels, 2]: sum of the losses of the forecasts of gists of level 1, 2, ..., and how many."""
+    at_level = [known_RP & (level_RP == level) for level in range(1, levels + 1)]
+    return jnp.stack([jnp.stack([(loss_RP * here).sum(), here.sum()]) for here in at_level])
+
+
 def lens_statistics(loss, score_BNW, score_BNMW, target_BNMW, agreement_P, supervised_P) -> dict:
     asked = target_BNMW != 0
+    corr_B, defined_B = _correlation(score_BNMW, target_BNMW, asked, (1, 2, 3))
     return {
         "lens_loss": loss,
         "pairs": supervised_P.sum(),
         "agreeing": (agreement_P & supervised_P).sum(),
         "score_abs": jnp.abs(score_BNW).mean(),
         "score_std": score_BNW.std(-1).mean(),
-        "span_corr": _correlation(score_BNMW, target_BNMW, asked),
+        "span_corr": _correlation(score_BNMW, target_BNMW, asked, None)[0],
+        "corr_B": corr_B,
+        "corr_defined_B": defined_B,
     }
 
 
@@ -64,17 +73,28 @@ def summarise(stats: dict, *, levels: int, horizon: int, ratio: float) -> dict:
             out[f"{h}/level_{level}"] = _weighted(ahead, ahead_usable * share[..., level])
     if "regression" in stats:
         out["mc/gist_regression_loss"] = stats["regression"].mean()
+        for level, (total, count) in enumerate(stats["forecasts"].sum(0), start=1):
+            mean = jnp.where(count > 0, total / jnp.maximum(count, 1.0), jnp.nan)
+            out[f"mc/gist_regression_loss/level_{level}"] = mean
     if "lens_loss" in stats:
         pairs = stats["pairs"].sum()
-        corr = stats["span_corr"]
         out |= {
             "mc/lens_loss": stats["lens_loss"].mean(),
             "mc/preference_agreement": jnp.where(pairs > 0, stats["agreeing"].sum() / pairs, jnp.nan),
             "mc/preference_pair_count": pairs.astype(jnp.float32),
             "mc/policy_score_abs_mean": stats["score_abs"].mean(),
             "mc/policy_score_std_mean": stats["score_std"].mean(),
-            "mc/pref_span_corr": corr.mean(),
+            "mc/pref_span_corr": stats["span_corr"].mean(),
         }
+        corr, defined = stats["corr_B"], stats["corr_defined_B"]
+        valid = jnp.where(defined, corr, jnp.nan)
+        for name, all_of, valid_of in (
+            ("mean", jnp.mean, jnp.nanmean),
+            ("max", jnp.max, jnp.nanmax),
+            ("min", jnp.min, jnp.nanmin),
+        ):
+            out[f"mc/preference_corr_{name}"] = all_of(corr)
+            out[f"mc/preference_corr_{name}_valid"] = valid_of(valid)
     return out
 
 
@@ -87,7 +107,17 @@ def _quantile(x, mask, q: float):
     return jnp.nanquantile(jnp.where(mask, x, jnp.nan), q)
 
 
-def _correlation(a, b, mask):
-    n = jnp.maximum(mask.sum(), 1)
-    a, b = (jnp.where(mask, x - jnp.where(mask, x, 0.0).sum() / n, 0.0) for x in (a, b))
-    return (a * b).sum() / jnp.sqrt((a * a).sum() * (b * b).sum() + 1e-12)
+def _correlation(a, b, mask, axes):
+    """(Pearson's over the marked places of these axes, whether it is defined); 0 where it is not.
+
+    What varies by less than a millionth, about the rounding of scores in (-1, 1), does not count as varying.
+    """
+    n = jnp.maximum(mask.sum(axes, keepdims=True), 1)
+
+    def mean(x, keepdims=False):
+        return (jnp.where(mask, x, 0.0) / n).sum(axes, keepdims=keepdims)
+
+    a, b = a - mean(a, keepdims=True), b - mean(b, keepdims=True)
+    var_a, var_b = mean(a * a), mean(b * b)
+    defined = (var_a > 1e-12) & (var_b > 1e-12)
+    return jnp.where(defined, mean(a * b) / jnp.sqrt(jnp.where(defined, var_a * var_b, 1.0)), 0.0), defined

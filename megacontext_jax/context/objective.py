@@ -206,17 +206,19 @@ class ContextObjective:
             gain_BN = (delta_RW * judged_RW).sum(-1).reshape(B, N) / jnp.maximum(judged_BN, 1.0)
             stats |= {"raw_nats": raw_sum, "raw_weight": weight}
         if mix.regression_weight:
-            regression = self._regression(params, tables, layout, x_RWC, jax.random.fold_in(key, 1))
+            regression, forecasts = self._regression(
+                params, tables, layout, x_RWC, jax.random.fold_in(key, 1)
+            )
             total += mix.regression_weight * regression
-            stats["regression"] = jax.lax.stop_gradient(regression)
+            stats |= {"regression": regression, "forecasts": forecasts}
         if mix.lens_weight and N > 1:
-            lens, lens_stats = self._lens(params, tables, cut, mass_RW, gain_BN, judged_BN > 0)
+            lens, lens_stats = self.lens(params, tables, cut, mass_RW, gain_BN, judged_BN > 0)
             total += mix.lens_weight * lens
             stats |= lens_stats
         return weight * total, (weight, jax.lax.stop_gradient(stats))
 
     def _regression(self, params, tables, layout, x_RWC, key):
-        """Loss of forecasts of the next gist, from a sample of the gist entries."""
+        """(loss of forecasts of the next gist, from a sample of the gist entries; the same by level)."""
         cfg = self.cfg
         R, W = layout.level_BW.shape
         nodes_L = jnp.asarray([table.shape[1] for table in tables])
@@ -231,14 +233,21 @@ class ContextObjective:
         h_RPC = jnp.take_along_axis(x_RWC, at_RP[..., None], axis=1)
         loss_RP = forecast.forecast_loss(params, cfg, h_RPC, target_RPC)
         weight_RP = known_RP * forecast.level_weight(level_RP)
-        return (weight_RP * loss_RP).sum() / jnp.maximum(weight_RP.sum(), 1.0)
+        total = (weight_RP * loss_RP).sum() / jnp.maximum(weight_RP.sum(), 1.0)
+        return total, metrics.forecast_statistics(loss_RP, level_RP, known_RP, self.context.levels)
 
-    def _lens(self, params, tables, cut, mass_RW, delta_BN, usable_BN):
+    def lens(self, params, tables, cut, mass_RW, delta_BN, usable_BN):
+        """(LensNet's loss, statistics) of N working contexts of each sequence; see `preference`."""
+        score_RW = self.scores(params, tables, cut.layout, mass_RW, self.mixture.ahead)
+        return self.preference(cut, score_RW, delta_BN, usable_BN)
+
+    def preference(self, cut, score_RW, delta_BN, usable_BN):
+        """(loss, statistics) of scores, given what each working context lost `delta_BN` where it is usable."""
         mix, ctx = self.mixture, self.context
         layout = cut.layout
         B, N = delta_BN.shape
         W = layout.level_BW.shape[1]
-        score_BNW = self.scores(params, tables, layout, mass_RW, mix.ahead).reshape(B, N, W)
+        score_BNW = score_RW.reshape(B, N, W)
         level_BNW = layout.level_BW.reshape(B, N, W)
         with jax.named_scope("controller"):
             pairs = lens_loss.choose_pairs(

@@ -195,7 +195,23 @@ class Probe:
             ("residency_p95", "residency_p95_B"),
         ):
             out[f"mc/{metric}"] = float(np.mean([np.mean(getattr(s[lens], field)) for s in stats]))
-        return out
+        return out | self._counts([s[lens] for s in stats])
+
+    def _counts(self, stats: list) -> dict[str, float]:
+        """What was shown and refocused, added up."""
+        views = self.views
+
+        def total(per_row) -> float:
+            return float(sum(np.sum(per_row(s)) for s in stats))
+
+        rows, T = total(lambda s: np.ones_like(s.expands_B)), views.objective.cfg.sequence_len
+        return {
+            "mc/runtime_tokens": rows * T,
+            "mc/runtime_original_tokens": rows * (T - views.horizon),
+            "mc/runtime_wc_tokens": total(lambda s: np.round(s.utilization_B * views.budget)),
+            "mc/runtime_refocus_updates": rows * views.iterations,
+            "mc/runtime_refocus_replacements": total(lambda s: s.expands_B + s.collapses_B),
+        }
 
     def line(self, metrics: dict) -> str:
         """What the metrics say, for people."""
@@ -287,42 +303,74 @@ class Probe:
         if not self.detail.timers:
             return {}
         self._timed = self._timed or _stages(self.views)
-        inputs = {"params": params, "batch": batch}
+        layout = seed_layout(*batch["inputs"].shape, self.views.budget, self.views.allocator)
+        layout = jax.device_put(jax.device_get(layout), meshes.replicated(self._mesh))
+        inputs = {"params": params, "batch": batch, "layout": layout, "key": jax.random.key(0)}
         times = {}
         for name, stage in self._timed.items():
             jax.block_until_ready(stage(inputs))  # compiles the first time
             started = time.perf_counter()
             inputs |= {name: jax.block_until_ready(stage(inputs))}
             times[f"mc/{name}_ms"] = 1e3 * (time.perf_counter() - started)
+        controller = ("build", "variant", "positional", "lens_forward")
+        times["mc/time_controller_ms"] = sum(times.get(f"mc/{name}_ms", 0.0) for name in controller)
         return times
 
 
 def _stages(views: Views) -> dict:
-    """The parts of a refocus, each compiled by itself; each may use what those before it made."""
+    """The parts of a refocus and of a step, each compiled by itself; each may use what those before it made.
+
+    Layouts come in from outside: what follows from constants alone would be computed by the compiler, in no time.
+    """
     objective, cfg = views.objective, views.allocator
-    ctx = objective.context
+    ctx, mix = objective.context, objective.mixture
 
-    def layout_of(x):
-        R, T = x["batch"]["inputs"].shape
-        return seed_layout(R, T, views.budget, cfg)
+    def look(x):
+        return objective.look(x["params"], x["build"], x["batch"]["inputs"], x["layout"])
 
-    def lens(x):
-        layout = layout_of(x)
-        view = View(objective, x["params"], x["build"], x["batch"]["inputs"], layout, jax.random.key(0))
-        return LENSES[views.lenses[0]](view)
+    def score(x):
+        _, mass_RW = x["base_forward"]
+        return objective.scores(x["params"], x["build"], x["layout"], mass_RW)
 
     def allocate(x):
         T = x["batch"]["inputs"].shape[1]
-        return refocus(new_focus(layout_of(x), cfg), x["lens_forward"], cfg, budget=views.budget, tokens=T)
+        return refocus(new_focus(x["layout"], cfg), x["lens_forward"], cfg, budget=views.budget, tokens=T)
 
-    return {
-        "build": jax.jit(lambda x: objective.tables(x["params"], x["batch"]["inputs"])),
-        "positional": jax.jit(
-            lambda x: entry_rope(objective.cfg, layout_of(x), ctx.block, ctx.positions, objective.base.dtype)
+    def whole(x):
+        params, ids_RT = x["params"], x["batch"]["inputs"]
+        tables = objective.tables(params, ids_RT)
+        return views._focus(params, tables, ids_RT, views.lenses[0], x["key"]).layout
+
+    def draw(x):
+        R, T = x["batch"]["inputs"].shape
+        options = {"block": ctx.block, "levels": ctx.levels, "recent": mix.recent}
+        return compress(x["key"], R * mix.variants, T, objective.width, **options)
+
+    def judged(x):
+        """What the variants of each row lost; the time does not depend on it."""
+        shape = (x["batch"]["inputs"].shape[0], mix.variants)
+        return jax.random.uniform(x["key"], shape), jnp.ones(shape, bool)
+
+    def lens(x):
+        mass_RW = x["variant"].layout.valid_BW.astype(jnp.float32)
+        return objective.lens(x["params"], x["build"], x["variant"], mass_RW, *judged(x))[0]
+
+    def lens_loss(x):
+        score_RW = x["variant"].layout.valid_BW.astype(jnp.float32)
+        return objective.preference(x["variant"], score_RW, *judged(x))[0]
+
+    stages = {
+        "build": lambda x: objective.tables(x["params"], x["batch"]["inputs"]),
+        "positional": lambda x: entry_rope(
+            objective.cfg, x["layout"], ctx.block, ctx.positions, objective.base.dtype
         ),
-        "lens_forward": jax.jit(lens),
-        "focus": jax.jit(allocate),
-        "base_forward": jax.jit(
-            lambda x: objective.hidden(x["params"], x["build"], x["batch"]["inputs"], layout_of(x))
-        ),
+        "base_forward": look,
+        "lens_forward": score,
+        "focus": allocate,
+        "runtime_total": whole,
     }
+    if mix.variants:
+        stages["variant"] = draw
+    if mix.lens_weight and mix.variants > 1:
+        stages |= {"lens": lens, "lens_loss": lens_loss}
+    return {name: jax.jit(stage) for name, stage in stages.items()}

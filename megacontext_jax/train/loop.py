@@ -144,8 +144,9 @@ class StepLog:
                 self._metrics.event(kind, fields, f"train_step_{step}")
         if "mc/variants_mean" not in values:
             return
-        variants = {name: values[f"mc/variants_{name}"] for name in ("total", "mean")}
-        fields = {f"variants_{name}": value for name, value in variants.items()}
+        each = values["mc/variants_mean"]  # every sequence has as many
+        fields = {"variants_total": values["mc/variants_total"]}
+        fields |= {f"variants_{name}": each for name in ("mean", "max", "min")}
         self._metrics.event("mc_batch_stats", fields, f"train_step_{step}")
         if self._describe:
             words = ", ".join(
@@ -167,6 +168,7 @@ def train(setup: Setup) -> int:
 def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     opts, mesh, n_steps = setup.options, setup.mesh, setup.num_iterations
     key = jax.random.key(setup.config.run.seed)
+    asked = micro_batches(setup)
 
     # --- A new run, one that goes on, or one that is done ------------------------------------------------
     template = abstract_state(mesh, setup.init, setup.optimizer, key)
@@ -175,8 +177,8 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     if resume_step is not None:
         meta = checkpoints.read_meta(resume_step)
         known = meta["identity"]
-        asked = {k: v for k, v in setup.identity.items() if k in known or not meta.get("partial_identity")}
-        checkpoints.check_compatible(known, asked, setup.identity_defaults)
+        ours = {k: v for k, v in setup.identity.items() if k in known or not meta.get("partial_identity")}
+        checkpoints.check_compatible(known, ours, setup.identity_defaults)
         if resume_step >= n_steps and report.has_section(section_slug(setup.stage), run=run_name(setup)):
             print0(f"{setup.folder.name} is finished ({n_steps} steps); nothing to do.")
             return 0
@@ -185,6 +187,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
         state = TrainState(restored.params, restored.opt_state, step_array)
         setup.stream.set_state(restored.data_state)
         loop_state = meta["loop_state"]
+        resume_micro_batches(setup, loop_state)
         print0(f"Continuing {setup.folder.name} at step {resume_step} of {n_steps}.")
     else:
         if setup.start_params is not None:
@@ -197,7 +200,7 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     # --- Compile each phase once, ahead of time: no step can recompile ------------------------------------
     shardings = jax.tree.map(lambda x: x.sharding, template)
     position = setup.stream.get_state()
-    rows = next(setup.stream)
+    rows, waited = timed_next(setup.stream)
     phase = phase_at(setup, int(resume_step or 0))
     train_steps, batch = compile_phase(setup, phase, state, rows, shardings)
     tokens_per_step = math.prod(batch["inputs"].shape)
@@ -233,7 +236,12 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             "num_iterations": n_steps,
             "identity": setup.identity,
             "config": setup.config.to_dict(),
-            "loop_state": {"meter": meter.get_state(), "best": best, "results": results},
+            "loop_state": {
+                "meter": meter.get_state(),
+                "best": best,
+                "results": results,
+                "micro_batches": {"asked": asked, "accumulation": setup.accumulation},
+            },
             **setup.description,
         }
         checkpoints.save(
@@ -318,11 +326,11 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             # a single training step; the next batch is read while the device is busy
             train_step = train_steps[(step - phase.first_step) % len(train_steps)]
             state, values = train_step(state, batch)
-            log.dispatched(step, values)
+            log.dispatched(step, values | about_batch(setup, tokens_per_step, waited, values))
             step += 1
             if step < n_steps:
                 position = setup.stream.get_state()
-                rows = next(setup.stream)
+                rows, waited = timed_next(setup.stream)
                 batch = place(setup, rows)
             if simulated:
                 jax.block_until_ready(values)  # simulated devices deadlock on queued collectives
@@ -338,6 +346,25 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     return 0
 
 
+def timed_next(stream) -> tuple[dict, float]:
+    """The next rows, and the seconds until they were there."""
+    started = time.perf_counter()
+    rows = next(stream)
+    return rows, time.perf_counter() - started
+
+
+def about_batch(setup: Setup, tokens: int, waited: float, values: dict) -> dict[str, float]:
+    """What the host knows of a step's batch, as metrics."""
+    found = {
+        "train/tokens_per_step": tokens,
+        "train/grad_accum_steps": setup.accumulation,
+        "time/dataloader_ms": 1e3 * waited,
+    }
+    if "mc/variants_mean" in values:
+        found["mc/grad_accum_steps"] = setup.accumulation
+    return found
+
+
 def phase_at(setup: Setup, step: int) -> Phase:
     return [phase for phase in setup.phases if phase.first_step <= step or phase is setup.phases[0]][-1]
 
@@ -349,6 +376,22 @@ def place(setup: Setup, rows: dict) -> dict:
         name: meshes.global_batch(setup.mesh, rows[name].reshape(A, -1, rows[name].shape[-1]))
         for name in ("inputs", "targets")
     }
+
+
+def micro_batches(setup: Setup) -> dict[str, int]:
+    """How a step's rows are dealt out."""
+    return {"accumulation": setup.accumulation, "shards": meshes.batch_shards(setup.mesh)}
+
+
+def resume_micro_batches(setup: Setup, loop_state: dict) -> None:
+    """Goes on with the accumulation of the checkpoint, which an earlier phase may have raised.
+
+    Randomness derives from the number of the micro-batch, so another accumulation draws other working contexts. A run
+    whose flags or devices deal the rows out in another way begins as these say.
+    """
+    saved = loop_state.get("micro_batches")  # older checkpoints do not have it
+    if saved and saved["asked"] == micro_batches(setup):
+        setup.accumulation = saved["accumulation"]
 
 
 def compile_phase(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):

@@ -181,7 +181,7 @@ def test_the_lens_learns_from_its_loss_alone_which_bends_nothing_else(objective,
     def push(params):
         tables, cut = objective.tables(params, batch["inputs"]), draw_of(6)
         _, mass_RW = objective.look(params, tables, batch["inputs"], cut.layout)
-        return objective._lens(params, tables, cut, mass_RW, stats["delta_BN"], stats["count_BN"] > 0)[0]
+        return objective.lens(params, tables, cut, mass_RW, stats["delta_BN"], stats["count_BN"] > 0)[0]
 
     alone = push(params)
     assert norm({name: x for name, x in alone.items() if name != "lensnet"}) == 0
@@ -328,7 +328,7 @@ def test_both_contexts_of_a_pair_teach_the_lens(objective, monkeypatch):
     @partial(jax.value_and_grad, has_aux=True)
     def step(score_NW):
         monkeypatch.setattr(ContextObjective, "scores", lambda *_: score_NW)
-        return judge._lens({}, (), cut, jnp.ones((2, W)), jnp.array([[2.0, 0.5]]), jnp.ones((1, 2), bool))
+        return judge.lens({}, (), cut, jnp.ones((2, W)), jnp.array([[2.0, 0.5]]), jnp.ones((1, 2), bool))
 
     (_, stats), push_NW = step(jnp.zeros((2, W)))
     push_NW = -np.asarray(push_NW)  # what a step does to the scores

@@ -24,6 +24,13 @@ val_loss mmlu_acc arc_easy_acc lrm train_loss num_tokens
 # chat_sft alone logged these; here every stage logs train/loss, train/lrm, val/bpb and total_training_tokens
 NOT_OURS = {"val_loss", "mmlu_acc", "arc_easy_acc", "lrm", "train_loss", "num_tokens"}
 OURS = {
+    # what the fork's records lacked
+    "total_training_tokens",
+    "train/loss_step",
+    "train/param_norm",
+    "train/update_norm",
+    "train/weight",
+    "val/{set}_bpb",
     # streams the fork demanded and had no name for
     "mc/delta_nll_h{h}",
     "mc/delta_nll_h{h}_p95",
@@ -41,6 +48,7 @@ OURS = {
     "mc/residency_p95",
     # stages the fork timed (its last_timings) without logging the time
     "mc/build_ms",
+    "mc/variant_ms",
     "mc/positional_ms",
     "mc/focus_ms",
 }
@@ -66,14 +74,23 @@ OUR_SPANS = {"kv_cache": "reason kept recomputed wc_length"}  # the fork decoded
 def test_metrics_are_the_forks_and_ours():
     fork = set(FORK_LIST.split())
     assert fork >= NOT_OURS
-    assert set(names.METRICS) == fork - NOT_OURS | OURS
+    assert set(names.METRICS) == fork - NOT_OURS - set(names.ABSENT) | OURS
 
 
 def test_spans_are_the_forks_and_ours():
     known = FORK_SPANS | OUR_SPANS
     known = {(event, field) for event, fields in known.items() for field in fields.split()}
+    absent = {(event, field) for event, field in known if {event, f"{event}.{field}"} & set(names.ABSENT)}
     ours = {(event, field) for event, fields in names.SPANS.items() for field in fields}
-    assert ours == known | OUR_FIELDS
+    assert ours == known - absent | OUR_FIELDS
+
+
+def test_every_absent_name_is_the_forks_and_has_a_reason():
+    fields = {f"{event}.{field}" for event, fields in FORK_SPANS.items() for field in fields.split()}
+    for name, reason in names.ABSENT.items():
+        assert name in {*FORK_LIST.split(), *FORK_SPANS, *fields}
+        assert 20 < len(reason) < 110, name
+        assert not names.is_known(name)
 
 
 def test_every_metric_has_one_line_of_meaning():
@@ -94,6 +111,7 @@ def test_every_metric_has_one_line_of_meaning():
         "mc/delta_nll_h32/ratio_8",
         "mc/delta_nll_h32/ratio_7.5",
         "mc/gist_regression_loss/level_1",
+        "val/python_bpb",
         "val/delta_nll_h32/sliding",
         "val/delta_nll_h8/learned_p95",
     ],
@@ -108,6 +126,8 @@ def test_known(name):
         "",
         "mc/lens",
         "mc/lens_loss ",
+        "time/forward_ms",
+        "val/_bpb",
         "xmc/lens_loss",
         "mc/lod_loss/",
         "mc/lod_loss/{l}",

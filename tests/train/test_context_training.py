@@ -1,6 +1,7 @@
 """Training with --mc through the real scripts: every stage, killed, continued, refused, judged and asked."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -28,8 +29,10 @@ from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
 from megacontext_jax.train.step import init_state, make_train_step
-from scripts import base_train, chat_eval
+from scripts import base_train, chat_eval, mc_otel_preflight
+from tests.collectors import serve_http
 from tests.context.test_objective import objective_of, tokens_of
+from tests.infer.session_models import focus_chat
 from tests.runs import ROOT, N, environment, flags, kill_when_saved, losses, records, run
 
 ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32")
@@ -40,15 +43,8 @@ MC = (
     *("--gistnet-layers", "1", "--lensnet-layers", "1"),
 )
 TOLD = ("--mc-log-timers", "--mc-train-report", "--mc-log-lod-ascii-val", "--mc-log-lod-ascii-train")
-BASE = (
-    *MC,
-    *TOLD,
-    "--mc-log-lens-debug",
-    "--mc-raw-share",
-    "0.25",
-    "--mc-curriculum-share",
-    "0",
-)  # two phases
+QUIET = (*MC, "--mc-raw-share", "0.25", "--mc-curriculum-share", "0")  # two phases
+BASE = (*QUIET, *TOLD, "--mc-log-lens-debug")
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 
@@ -59,8 +55,13 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("context")
     run(folder, "prepare_data")
     run(folder, "tok_train")
-    (folder / "said.txt").write_text(run(folder, "base_train", *BASE))
-    run(folder, "base_train", "--tag", "vanilla", *SHORT)
+    with serve_http() as collector, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MC_OTEL_ENDPOINT", collector.endpoint)
+        (folder / "said.txt").write_text(run(folder, "base_train", *BASE))
+        run(folder, "base_train", "--tag", "vanilla", *SHORT)
+        assert not mc_otel_preflight.main([])
+    spans = [(span.name, [a.key.removeprefix("mc.") for a in span.attributes]) for span in collector.spans()]
+    (folder / "spans.json").write_text(json.dumps(spans))
     return folder
 
 
@@ -106,6 +107,61 @@ def test_a_run_logs_what_its_working_contexts_do(trained):
     assert [r["step"] for r in found if "mc/lens_loss" in r] == list(range(3, N))
 
 
+def test_every_metric_that_is_sent_is_listed_and_every_listed_one_is_sent(trained):
+    ours, vanilla = (records(trained, f"megacontext_base_{tag}") for tag in ("d1", "vanilla"))
+    sent = {name for record in ours + vanilla for name in record if name != "time"}
+    assert {name for name in sent if not names.is_known(name)} == set()
+    # no share of a CPU's peak, which is unknown
+    assert set(names.METRICS) - {names.template(name) for name in sent} == {"train/mfu"}
+    assert not [name for record in vanilla for name in record if name.startswith("mc/")]
+
+
+def test_every_event_that_is_sent_is_listed_and_every_listed_one_is_sent(trained):
+    """In training, by the preflight, and by a model that answers from a working context."""
+    spans = json.loads((trained / "spans.json").read_text())
+    chat = replace(
+        focus_chat(lens="learned"), event=lambda kind, fields, session_id: spans.append((kind, fields))
+    )
+    with chat.new_session() as session:
+        session.append(np.arange(100, dtype=np.uint32))
+        list(session.answer(max_tokens=10, temperature=0.0))
+    own = {"session_id", "event_type"}
+    sent = {
+        (kind, re.sub(r"(?<=lod_)\d+", "{l}", name))
+        for kind, fields in spans
+        for name in fields
+        if name not in own
+    }
+    assert sent == {(kind, name) for kind, fields in names.SPANS.items() for name in fields}
+
+
+def test_what_the_records_count_adds_up(trained):
+    found = records(trained, "megacontext_base_d1")
+    steps = [r for r in found if "train/loss" in r]
+    assert {r["train/tokens_per_step"] for r in steps} == {256}
+    assert {r["train/grad_accum_steps"] for r in steps} == {2}
+    assert {(r["step"] >= 3, r.get("mc/grad_accum_steps")) for r in steps} == {(False, None), (True, 2)}
+    assert all(0 <= r["time/dataloader_ms"] < 1e3 * 300 for r in steps)
+    for r in (r for r in steps if "mc/preference_corr_mean" in r):
+        assert (
+            -1.001
+            < r["mc/preference_corr_min"]
+            <= r["mc/preference_corr_mean"]
+            <= r["mc/preference_corr_max"]
+            < 1.001
+        )
+    judged = [r for r in found if "mc/runtime_tokens" in r]
+    rows = {r["mc/runtime_tokens"] / 64 for r in judged}
+    assert rows == {16}  # eval_tokens
+    for r in judged:
+        assert r["mc/runtime_original_tokens"] == 16 * 56
+        assert r["mc/runtime_wc_tokens"] == pytest.approx(16 * 25 * r["mc/utilization"])
+        assert r["mc/runtime_refocus_updates"] == 16 * 2
+        assert r["mc/time_controller_ms"] == pytest.approx(
+            sum(r[f"mc/{name}_ms"] for name in ("build", "variant", "positional", "lens_forward"))
+        )
+
+
 def test_tokens_are_counted_as_in_a_vanilla_run(trained):
     ours, vanilla = (
         {r["step"]: r["total_training_tokens"] for r in records(trained, run) if "train/loss_step" in r}
@@ -118,8 +174,8 @@ def test_tokens_are_counted_as_in_a_vanilla_run(trained):
 def test_a_killed_run_continues_to_the_same_losses(trained, tmp_path):
     """Saved in the first phase, killed in it or in the second."""
     shutil.copytree(trained / "base", tmp_path / "base", symlinks=True)
-    kill_when_saved(tmp_path, "megacontext_base_d1", 3, "base_train", *BASE)
-    assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *BASE)
+    kill_when_saved(tmp_path, "megacontext_base_d1", 3, "base_train", *QUIET)
+    assert "Continuing megacontext_base_d1 at step" in run(tmp_path, "base_train", *QUIET)
     assert losses(tmp_path, "megacontext_base_d1") == losses(trained, "megacontext_base_d1")
     assert sorted(losses(trained, "megacontext_base_d1")) == list(range(N))
 
@@ -269,6 +325,34 @@ def test_one_row_that_does_not_fit_is_one_sentence(on_a_small_device):
         on_a_small_device(1.2)
     assert "--remat full" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_whose_micro_batches_were_halved_continues_with_these(here, monkeypatch, capsys):
+    """The first phase does not fit the device, the later one would."""
+    words = ("--tag", "halved", *QUIET, "--num-iterations", "4", "--save-every", "2", "--eval-every", "-1")
+    words = flags(*words, "--mc-disable-val")
+    needed = iter([math.inf])
+    monkeypatch.setattr(loop.hardware, "compiled_memory", lambda compiled: next(needed, 0))
+    assert not base_train.main(words)
+    assert capsys.readouterr().out.count("1 rows in 4 micro-batch(es)") == 3
+    curve = losses(here, "megacontext_base_halved")
+    shutil.rmtree(here / "artifacts/megacontext_base_halved/000004")
+    assert not base_train.main(words)
+    assert "Continuing megacontext_base_halved at step 2" in capsys.readouterr().out
+    assert losses(here, "megacontext_base_halved") == curve
+
+
+def test_other_flags_deal_the_rows_out_anew():
+    mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
+    saved = {"asked": {"accumulation": 2, "shards": 1}, "accumulation": 8}
+    for accumulation, state, wanted in ((2, saved, 8), (1, saved, 1), (2, {}, 2)):
+        setup_ = SimpleNamespace(mesh=mesh, accumulation=accumulation)
+        loop.resume_micro_batches(setup_, {"micro_batches": state} if state else {})
+        assert setup_.accumulation == wanted
+    saved["asked"]["shards"] = 8
+    setup_ = SimpleNamespace(mesh=mesh, accumulation=2)
+    loop.resume_micro_batches(setup_, {"micro_batches": saved})
+    assert setup_.accumulation == 2
 
 
 # --- Meshes ---------------------------------------------------------------------------------------------
