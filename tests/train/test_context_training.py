@@ -16,7 +16,7 @@ import pytest
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax.cli import parse
-from megacontext_jax.config import Config, MegaContextConfig, StageConfig
+from megacontext_jax.config import Config, MegaContextConfig, RunConfig, StageConfig
 from megacontext_jax.context import setup
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.load import load_model
@@ -27,8 +27,9 @@ from megacontext_jax.train import loop
 from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
+from megacontext_jax.train.stages import context_parts, prepare
 from megacontext_jax.train.step import init_state, make_train_step
-from scripts import base_train, chat_eval
+from scripts import base_loss, base_train, chat_eval, mid_train
 from tests.context.test_objective import objective_of, tokens_of
 from tests.runs import ROOT, N, environment, flags, kill_when_saved, losses, records, run
 
@@ -169,6 +170,43 @@ def test_a_stage_without_mc_leaves_the_gists_of_its_base_out(trained):
     assert (trained / "artifacts/megacontext_mid_d1/000003").is_dir()
 
 
+def test_parts_of_a_checkpoint_keep_their_shape_and_the_record_says_which(here):
+    words = (*SHORT, "--mc", "--allocator-recent-tokens", "12", "--mc-horizon", "8")
+    own = {"block_size": 4, "mc_levels": 2, "gistnet_layers": 1, "lensnet_layers": 1}
+    config = parse(flags(*words), doc="", stage="mid")
+    assert (config.mc.block_size, config.mc.gistnet_layers) == (32, 2)  # what new ones would have
+    found = prepare(config, "mid")
+    for record in (found.identity["mc"], found.config.to_dict()["mc"]):
+        assert own.items() <= record.items()
+    assert found.phases[-1].objective.context.block == 4
+    assert load_model(parse(flags(*words, "-i", "base"), doc="")).context.context.block == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "own"),
+    [
+        ("--block-size", "8", "4"),
+        ("--mc-levels", "1", "2"),
+        ("--gistnet-type", "mean", "transformer"),
+        ("--gistnet-layers", "2", "1"),
+        ("--gistnet-pooling", "cls", "mean"),
+        ("--gistnet-head", "linear", "mlp"),
+        ("--lensnet-layers", "2", "1"),
+        ("--lensnet-head", "linear", "mlp"),
+        ("--positional-type", "rank", "gaussian"),
+    ],
+)
+def test_a_shape_that_a_checkpoint_does_not_have_is_refused(here, flag, value, own):
+    for script in (mid_train, base_loss):
+        with pytest.raises(UserError) as error:
+            script.main(flags(*MC, *SHORT, "-i", "base", flag, value))
+        for words in (f"{flag} {value} does not fit megacontext_base_d1", f"{flag} {own};"):
+            assert words in str(error.value)
+    # without gists the flag says nothing
+    config = parse(flags("-i", "base", flag, value), doc="")
+    assert setup.keep_saved(config, {"model_config": {}}, "any") is config
+
+
 def test_base_loss_says_what_every_lens_costs(trained):
     said = run(trained, "base_loss", *MC, "-i", "base", "--context-rows", "8")
     for view in ("sliding", "gist", "learned", "attention", "lexical", "random"):
@@ -206,6 +244,34 @@ def test_the_curriculum_begins_raw_and_shrinks():
     assert [(p.first_step, p.objective.width) for p in later] == [(0, 16)]
     at = SimpleNamespace(phases=found)
     assert [loop.phase_at(at, step).first_step for step in (0, 99, 100, 299, 5000)] == [0, 0, 100, 250, 300]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, ""),
+        ({"mc_num_random_variants": 1}, "--mc-num-random-variants 1 trains no LensNet"),
+        ({"mc_train_wc_length": 64}, "only one way to lay a row out"),
+        ({"positional_type": "gaussian_alibi"}, "chat_eval, chat_cli and chat_web refuse such a model"),
+    ],
+)
+def test_what_a_stage_cannot_learn_or_do_is_said_before_it(options, sentence, capsys):
+    opts = MegaContextConfig(
+        **{"block_size": 4, "allocator_recent_tokens": 12, "mc_train_wc_length": 25} | options
+    )
+    base, _ = objective_and_parts(opts)
+    config = Config(mc=opts, run=RunConfig(mc=True))
+    assert context_parts(config, base.cfg, None, "") == setup.context_config(opts, base.cfg)
+    said = capsys.readouterr().out
+    assert said.count("Note: ") == bool(sentence)
+    assert sentence in said
+
+
+def test_a_budget_is_the_evaluations_own_or_the_allocators():
+    assert setup.asked_budget(MegaContextConfig()) is None
+    assert setup.asked_budget(MegaContextConfig(allocator_soft_max=30)) == 30
+    both = MegaContextConfig(mc_eval_soft_max_length=20, allocator_soft_max=30)
+    assert setup.asked_budget(both) == 20
 
 
 def test_a_short_history_may_need_more_entries_than_a_row():
