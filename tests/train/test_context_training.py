@@ -29,7 +29,8 @@ from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
 from megacontext_jax.train.stages import context_parts, prepare
 from megacontext_jax.train.step import init_state, make_train_step
-from scripts import base_loss, base_train, chat_eval, mid_train
+from scripts import base_loss, base_train, chat_eval, import_nanochat, mid_train
+from tests.conftest import GOLDEN
 from tests.context.test_objective import objective_of, tokens_of
 from tests.runs import ROOT, N, environment, flags, kill_when_saved, losses, records, run
 
@@ -162,6 +163,35 @@ def test_the_last_stage_goes_on_with_the_gists_of_the_one_before_and_is_asked(tr
         trained, "chat_eval", *MC, "-i", "sft", "--tag", "vanilla", "--num-examples", "2", "-a", "facts"
     )
     assert "accuracy" in asked
+
+
+def test_a_model_of_nanochat_gets_gists_frozen_or_not(here, tmp_path):
+    import_nanochat.main([str(GOLDEN / "pipeline_head/base_dir"), "--as", "theirs"])
+    words = (
+        *MC,
+        *SHORT,
+        "--tag",
+        "theirs",
+        "--num-iterations",
+        "2",
+        "--optimizer",
+        "adamw",
+        "--mc-disable-val",
+    )
+    said = run(here, "mid_train", *words, "--mc-freeze-base")
+    assert "megacontext_base_theirs has no GistNet and LensNet; they begin here." in said
+    said = run(here, "chat_sft", *words)
+    assert "begin here" not in said
+    base, mid, sft = (
+        load_model(parse(flags("--tag", "theirs", "-i", stage, *wanted), doc="")).params
+        for stage, wanted in (("base", ()), ("mid", MC), ("sft", MC))
+    )
+    same = jax.tree.map(np.array_equal, base, {name: mid[name] for name in base})
+    assert all(jax.tree.leaves(same))
+    assert np.abs(mid["gistnet"]["head"]["out"]["weight"]).max() > 0  # zero at its start
+    for name in ("h", "gistnet"):
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), mid[name], sft[name])
+        assert any(jax.tree.leaves(moved)), name
 
 
 def test_a_stage_without_mc_leaves_the_gists_of_its_base_out(trained):
