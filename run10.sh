@@ -28,6 +28,6 @@ stage chat_eval "$@" -i mid
 stage chat_sft "$@"
 stage chat_eval "$@" -i sft
 # what gists keep and what a lens adds, on tiny models of its own; without --tasks it runs all of them, over an hour
-if with_mc "$@"; then stage long_context_eval "$@" --tasks "mqar_4x|mqar_8x"; fi
+if with_mc; then stage long_context_eval "$@" --tasks "mqar_4x|mqar_8x"; fi
 python -m megacontext_jax.telemetry.report generate
 stage chat_cli "$@" -i sft --demo

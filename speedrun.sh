@@ -25,6 +25,6 @@ stage mid_train "$@"
 stage chat_eval "$@" -i mid
 stage chat_sft "$@"
 stage chat_eval "$@" -i sft
-if with_mc "$@"; then stage long_context_eval "$@"; fi # what gists keep and what a lens adds, on tiny models of its own
+if with_mc; then stage long_context_eval "$@"; fi # what gists keep and what a lens adds, on tiny models of its own
 python -m megacontext_jax.telemetry.report generate
 stage chat_cli "$@" -i sft --demo

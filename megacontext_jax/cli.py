@@ -111,6 +111,12 @@ def parse(
         print(_help(doc, config, source, stage, show, SHORT | short))
         raise SystemExit(0)
     config = apply_flags(config, own, stage)
+    if config.mc.mc_tree == "disk" and "chat" not in show:  # which only programs with conversations explain
+        print(
+            "Note: --mc-tree disk is for the conversations of chat_cli and chat_web; the rows of a batch have their "
+            "trees on the device.",
+            file=sys.stderr,
+        )
     return config
 
 

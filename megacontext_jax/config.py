@@ -31,7 +31,9 @@ class RunConfig:
     tag: str = option("", "checkpoint tag (default d<depth>)", free=True)
     mc: bool = option(False, "with MegaContext: gists, working contexts, lens")
     dry_run: bool = option(False, "print the plan and stop (recipes)", free=True)
-    print_tag: bool = option(False, "print the checkpoint tag of this recipe and stop (plan)", free=True)
+    print_tag: bool = option(
+        False, "print the checkpoint tag of this recipe, below it mc or vanilla, and stop (plan)", free=True
+    )
     fresh: bool = option(False, "start this stage again under a new tag; deletes nothing", free=True)
     seed: int = option(42, "seed of every random choice")
     platform: str = option("", "cpu or gpu (default: what JAX finds)", free=True, choices=("", "cpu", "gpu"))
@@ -106,8 +108,11 @@ class ModelConfig:
     gist_window: int = option(256, "gist attention: tokens before its own block that a token sees as tokens")
     gist_mid_spans: int = option(1, "gist attention: spans of the next level still shown in a level's detail")
     gist_levels: int = option(2, "gist attention: levels above the tokens; --block-size tokens make a gist")
-    gist_positions: str = option("gaussian", "gist attention: phases damped by the span, or plain")
-    gist_site: str = option("kv", "gists in every layer (kv), or in flat working contexts: that is --mc")
+    gist_positions: str = option(
+        "gaussian",
+        "gist attention: gaussian (phases damped by the span) or plain; rank belongs to --mc --positional-type",
+    )
+    gist_site: str = option("kv", "kv: gists in every layer; embedding is refused, --mc trains such gists")
 
 
 @dataclass(frozen=True)
@@ -224,10 +229,11 @@ class MegaContextConfig:
         choices=("learned", "attention", "lexical", "random", "none"),
     )
     mc_tree: str = option(
-        "ram",
-        "where the tree of a conversation lives; disk needs --session, which chooses it by itself",
+        "",
+        "where conversations live: ram, or disk, which needs chat_cli's --session or chat_web's --sessions; empty = as "
+        "those say. Training and evaluation have the trees of their rows on the device",
         free=True,
-        choices=("ram", "disk"),
+        choices=("", "ram", "disk"),
     )
     mc_eval_soft_max_length: int = option(-1, "budget in evaluation; -1 = allocator_soft_max", free=True)
     mc_infer_allocator_max_replacements: int = option(
@@ -361,9 +367,11 @@ class Config:
     chat: ChatConfig = ChatConfig()
     web: WebConfig = WebConfig()
     bench: BenchConfig = BenchConfig()
+    given: frozenset[str] = frozenset()  # what flags (not files) named: "section.key"
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        """The sections, JSON-able."""
+        return {name: values for name, values in asdict(self).items() if name != "given"}
 
 
 STAGES = ("base", "mid", "sft")
@@ -410,7 +418,7 @@ def load_arch(config: Config, arch: str) -> Config:
 
 
 def apply_flags(config: Config, flags: list[tuple[str, str | None]], stage: str | None) -> Config:
-    """Overlay command-line flags [(name without dashes, value or None for a switch)]."""
+    """Overlay command-line flags [(name without dashes, value or None for a switch)]; `given` then names them."""
     for name, value in flags:
         where = f"--{name}"
         section_name, _, key = name.replace("-", "_").rpartition(".")
@@ -419,6 +427,7 @@ def apply_flags(config: Config, flags: list[tuple[str, str | None]], stage: str 
             raise UserError(f"Unknown flag {where}.{_suggest(name)} See --help for all flags.")
         for target in targets:
             config = _set(config, target, key, value, where=where)
+            config = replace(config, given=config.given | {f"{target}.{key}"})
     return config
 
 

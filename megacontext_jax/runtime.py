@@ -44,7 +44,7 @@ def compute_dtype(run):
     return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
-def print0(*words) -> None:
-    """Print from process 0 only."""
+def print0(*words, file=None) -> None:
+    """Print from process 0 only, to standard output or `file`."""
     if jax.process_index() == 0:
-        print(*words, flush=True)
+        print(*words, file=file, flush=True)

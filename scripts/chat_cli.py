@@ -20,6 +20,7 @@ from pathlib import Path
 
 from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main
+from megacontext_jax.context.store import check_place
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.chat import ChatLoop
 from megacontext_jax.infer.load import load_chat
@@ -27,8 +28,7 @@ from megacontext_jax.infer.load import load_chat
 
 def main(argv: list[str]) -> int | None:
     config = parse(argv, doc=__doc__, show=("chat", "eval", "run"))
-    if config.mc.mc_tree == "disk" and not config.chat.session:
-        raise UserError("--mc-tree disk keeps the conversation in a folder; name it with --session FOLDER.")
+    check_place(config.mc.mc_tree, config.chat.session, "--session")
     prompt = config.chat.prompt or (config.chat.demo and config.chat.demo_prompt)
     document = piped_text() if prompt and not config.chat.demo else ""
     runtime.start(config.run)

@@ -14,6 +14,7 @@ import sys
 
 from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main
+from megacontext_jax.context.store import check_place
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.load import load_chat
 from megacontext_jax.infer.server.run import serve
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int | None:
         )
     if config.chat.prompt or config.chat.demo:
         raise UserError("--prompt and --demo belong to chat_cli; this is a server.")
+    check_place(config.mc.mc_tree, config.web.sessions, "--sessions")
     runtime.start(config.run)
     with load_chat(config).watched() as chat:
         server = Server(chat, config.web, config.chat)

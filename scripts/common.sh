@@ -117,13 +117,17 @@ require_accelerators() {
   return 2
 }
 
-# begin_recipe NAME "$@": check the flags, print the plan, fix the tag. Returns 1 if that was all (--dry-run).
+# begin_recipe NAME "$@": check the flags, print the plan, fix TAG and KIND (mc or vanilla). Returns 1 if that was all
+# (--dry-run).
 begin_recipe() {
   RECIPE="$1"
   shift
   python -m scripts.plan --recipe "$RECIPE" "$@" || exit $?
-  TAG="$(python -m scripts.plan --recipe "$RECIPE" "$@" --print-tag)" || exit $?
-  [ -n "$TAG" ] || return 1
+  local said
+  said="$(python -m scripts.plan --recipe "$RECIPE" "$@" --print-tag)" || exit $?
+  [ -n "$said" ] || return 1
+  TAG="${said%$'\n'*}"
+  KIND="${said##*$'\n'}"
   python -m megacontext_jax.telemetry.report begin "$TAG" || exit $?
 }
 
@@ -132,14 +136,5 @@ stage() {
   python -m "scripts.$1" --recipe "$RECIPE" ${WANDB_RUN:+--run "$WANDB_RUN"} "${@:2}" --fresh false --tag "$TAG"
 }
 
-# with_mc "$@": whether a recipe was asked for MegaContext.
-with_mc() {
-  local word answer=1
-  for word in "$@"; do
-    case "$word" in
-      --mc | --mc=1 | --mc=true | --mc_enabled=1 | --mc-enabled=1) answer=0 ;;
-      --mc=0 | --mc=false | --mc_enabled=0 | --mc-enabled=0) answer=1 ;;
-    esac
-  done
-  return "$answer"
-}
+# with_mc: whether the recipe was asked for MegaContext, as the scripts understand its flags.
+with_mc() { [ "$KIND" = mc ]; }

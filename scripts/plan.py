@@ -10,6 +10,7 @@ from megacontext_jax.checkpoints.runs import unused_tag
 from megacontext_jax.cli import parse, run_main
 from megacontext_jax.config import STAGES
 from megacontext_jax.context import row_setup
+from megacontext_jax.context.store import check_place
 from megacontext_jax.errors import UserError
 from megacontext_jax.telemetry import hardware
 from megacontext_jax.telemetry.progress import format_quantity
@@ -18,11 +19,18 @@ from megacontext_jax.train.plan import model_of, plan_stage
 
 def main(argv: list[str]) -> None:
     config = parse(argv, doc=__doc__, show=("run", "model", "base"))
+    check_place(config.mc.mc_tree, config.chat.session, "--session")  # the recipe ends with a conversation
+    if config.run.mc and config.mc.positional_type == "gaussian_alibi":
+        raise UserError(
+            "--positional-type gaussian_alibi does not get through a recipe, whose chat_eval and chat_cli cannot decode "
+            "with its bias; choose gaussian, simple or rank, or run the training scripts by themselves."
+        )
     tag = config.run.tag or f"d{config.model.depth}"
     if config.run.fresh:
         tag = unused_tag("base", tag)
     if config.run.print_tag:
-        print("" if config.run.dry_run else tag)
+        if not config.run.dry_run:
+            print(f"{tag}\n{'mc' if config.run.mc else 'vanilla'}")
         return
 
     gpus = hardware.gpus()

@@ -1,3 +1,8 @@
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from megacontext_jax import config as c
@@ -8,6 +13,9 @@ from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.train.plan import batch_layout, model_of, plan_stage, scaled
 from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
+from scripts import chat_cli, chat_web, plan
+from tests.runs import ROOT
+from tests.runs import flags as tiny
 
 
 def flags(*pairs, stage=None):
@@ -29,6 +37,18 @@ def test_precedence_is_defaults_then_yaml_then_flags(tmp_path):
     path.write_text("model:\n  depth: 6\n  head_dim: 64\n")
     config = parse(["--config", str(path), "--head-dim=32"], doc="")
     assert (config.model.depth, config.model.head_dim, config.model.max_seq_len) == (6, 32, 2048)
+
+
+def test_what_flags_named_is_known_and_what_a_file_says_is_not_among_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("mc:\n  mc_levels: 3\n")
+    config = parse(
+        ["--config", str(path), "--gist-block=8", "--model.depth", "3", "--matrix-lr", "1"],
+        doc="",
+        stage="mid",
+    )
+    assert config.given == {"mc.block_size", "model.depth", "mid.matrix_lr"}
+    assert "given" not in json.loads(json.dumps(config.to_dict()))
 
 
 @pytest.mark.parametrize(
@@ -247,12 +267,78 @@ def test_the_forks_own_leftovers_are_all_replaced():
     assert mega(*GONE.split()) == mega()
 
 
+def test_a_tree_on_disk_belongs_to_conversations(capsys):
+    assert (mega().mc_tree, capsys.readouterr().err) == ("", "")
+    mega("--mc_tree", "ram")
+    assert capsys.readouterr().err == ""
+    mega("--mc_tree", "disk")
+    assert capsys.readouterr().err.count("rows of a batch have their trees on the device") == 1
+    parse(["--config", "run10_cpu", "--mc_tree", "disk"], doc="", show=("chat",))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "sentence"),
+    [
+        (chat_cli, ("--mc_tree", "disk"), "name it with --session FOLDER"),
+        (chat_web, ("--mc_tree", "disk"), "name it with --sessions FOLDER"),
+        (plan, ("--mc_tree", "disk"), "name it with --session FOLDER"),
+        (chat_cli, ("--mc_tree=ram", "--session", "talk"), "--mc-tree ram keeps .* --session talk"),
+        (chat_web, ("--mc_tree=ram", "--sessions", "talks"), "--mc-tree ram keeps .* --sessions talks"),
+        (chat_cli, ("--mc_tree", "disk", "--session", "talk"), "No checkpoint of a sft run"),
+        (chat_web, ("--mc_tree", "ram"), "No checkpoint of a sft run"),
+        (chat_cli, ("--session", "talk"), "No checkpoint of a sft run"),
+    ],
+)
+def test_where_conversations_live_is_said_once(script, words, sentence):
+    with pytest.raises(UserError, match=sentence) as error:
+        script.main(tiny(*words))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        ("", "vanilla"),
+        ("--mc", "mc"),
+        ("--mc=True", "mc"),
+        ("--run.mc", "mc"),
+        ("--mc_enabled 1", "mc"),
+        ("--mc false", "vanilla"),
+        ("--mc --mc-enabled=off", "vanilla"),
+    ],
+)
+def test_a_plan_knows_a_recipe_with_megacontext_by_every_spelling(words, kind, capsys):
+    plan.main(tiny(*words.split(), "--print-tag"))
+    assert capsys.readouterr().out == f"d2\n{kind}\n"
+
+
+def test_the_recipes_ask_the_plan(tmp_path):
+    program = (
+        "set -euo pipefail; source scripts/common.sh; setup_env; begin_recipe run10 $WORDS >/dev/null; "
+        'printf "%s " "$TAG"; if with_mc; then echo yes; else echo no; fi'
+    )
+    words = "--config tests/tiny.yaml --mc_enabled 1 --tag mine"
+    env = os.environ | {"MEGACONTEXT_PYTHON": sys.executable, "WORDS": words}
+    done = subprocess.run(
+        ["bash", "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "mine yes", done.stderr
+
+
+def test_a_recipe_refuses_positions_that_its_chat_cannot_have():
+    with pytest.raises(UserError, match="gaussian_alibi does not get through a recipe"):
+        plan.main(tiny("--mc", "--positional", "gaussian_alibi", "--dry-run"))
+    plan.main(tiny("--positional", "gaussian_alibi", "--print-tag"))
+
+
 def context_of(**options):
     opts, model = (
         c.MegaContextConfig(block_size=4, **options),
         GPTConfig(sequence_len=64, n_embd=32, n_head=2, n_kv_head=2),
     )
     parts = setup.context_config(opts, model)
+    setup.limits(opts, parts, 64)
     setup.mixture(opts, 64)
     setup.final_width(opts, parts, 64)
     setup.budget(opts, parts, 64)
@@ -264,6 +350,9 @@ def context_of(**options):
         ({"mc_train_wc_length": 65}, "--mc-train-wc-length 65"),
         ({"mc_train_wc_length": 8}, "64 tokens cannot be shown in 8 entries"),
         ({"allocator_soft_max": 8}, "64 tokens cannot be shown in 8 entries"),
+        ({"allocator_soft_max": 0}, "--allocator-soft-max 0 must be at least 1"),
+        ({"mc_eval_soft_max_length": 8, "allocator_soft_max": 60}, "64 tokens cannot be shown in 8 entries"),
+        ({"mc_eval_soft_max_length": -2}, "--mc-eval-soft-max-length -2 must be at least 1"),
         ({"mc_levels": 0}, "--mc-levels"),
         ({"mc_horizon": 64}, "--mc-horizon 64"),
         ({"gistnet_layers": 0}, "--gistnet-layers"),
@@ -271,6 +360,7 @@ def context_of(**options):
         ({"positional_type": "gaussian_lod2d"}, "'gaussian_lod2d' has more channels than a head"),
         ({"positional_type": "gaussian_lod2d_alibi"}, "has more channels than a head"),
         ({"mc_num_random_variants": -1}, "--mc-num-random-variants"),
+        ({"mc_num_random_variants": 0}, "--mc-num-random-variants 0 makes no working contexts"),
         ({"mc_lens_temperature": 0.0}, "--mc-lens-temperature"),
         ({"mc_lens_hard_negative_ratio": 0.0}, "--mc-lens-hard-negative-ratio"),
         ({"mc_lens_budget_smooth_beta": 1.0}, "--mc-lens-budget-smooth-beta"),

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from kernels_pallas import Refused, choose
+from kernels_pallas import describe as describe_choice
 from kernels_pallas.api import Chosen
 from megacontext_jax.config import Config
 from megacontext_jax.context import setup
@@ -29,18 +30,20 @@ def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPT
             "--gist-positions rank counts what one query sees, and in gist attention every query sees something "
             "else; use gaussian or plain, or --mc --positional-type rank."
         )
-    asked = model
-    if m.attention:
-        asked = replace(model, attention=m.attention)
-    if m.attention in ("sliding", "gist"):
-        asked = replace(
-            asked,
-            gist_block=config.mc.block_size,
-            gist_window=m.gist_window,
-            gist_mid_spans=m.gist_mid_spans,
-            gist_levels=m.gist_levels,
-            gist_positions=m.gist_positions,
-        )
+    asked, attention = model, m.attention or model.attention
+    if attention != "dense":
+        wanted = {"gist_block": ("mc", "block_size")}
+        wanted |= {
+            name: ("model", name)
+            for name in ("gist_window", "gist_mid_spans", "gist_levels", "gist_positions")
+        }
+        if model.attention in (attention, "gist"):  # it has a pattern: only what flags name is another
+            wanted = {name: at for name, at in wanted.items() if ".".join(at) in config.given}
+        values = {name: getattr(getattr(config, section), key) for name, (section, key) in wanted.items()}
+        # in place of the windows that its architecture has, or that it was trained with
+        asked = replace(model, attention=attention, window_pattern=m.window_pattern or "L", **values)
+    elif m.attention:
+        asked = replace(model, attention=attention)
     if config.run.mc and asked.attention != "dense":
         raise UserError(
             f"--mc shows the past in flat working contexts, {asked.attention} attention inside every layer; choose one: "
@@ -56,7 +59,8 @@ def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPT
 
 def describe(model: GPTConfig) -> str:
     if model.attention == "dense":
-        return "dense attention"
+        short = "S" in model.window_pattern.upper()
+        return f"dense attention in windows {model.window_pattern}" if short else "dense attention"
     if model.attention == "sliding":
         return f"sliding attention over {model.windows()[0] + 1} tokens"
     return (
@@ -70,15 +74,9 @@ def dense_implementation(config: Config, model: GPTConfig) -> str:
     return "auto" if model.attention == "gist" else config.run.attention_impl
 
 
-def gist_config(config: Config, model: GPTConfig, saved: GistConfig | None) -> GistConfig:
-    """The GistNet of a model with gist attention: the checkpoint's, or a new one."""
-    gist = saved or setup.gist_config(config.mc, replace(model, attention="dense"))
-    if gist.block != model.gist_block:
-        raise UserError(
-            f"--block-size {model.gist_block} is not the {gist.block} tokens per gist that this model's GistNet was "
-            f"trained with; use --block-size {gist.block}."
-        )
-    return gist
+def gist_config(config: Config, model: GPTConfig) -> GistConfig:
+    """A new GistNet for a model with gist attention."""
+    return setup.gist_config(config.mc, replace(model, attention="dense"))
 
 
 def phases(
@@ -110,3 +108,8 @@ def implementation(config: Config, base: Objective) -> Chosen:
         )
     except Refused as error:
         raise UserError(f"--attention-impl {wanted}: {error}") from None
+
+
+def runs(config: Config, base: Objective) -> str:
+    """One line: what runs gist attention here, and why nothing better."""
+    return describe_choice(implementation(config, base))

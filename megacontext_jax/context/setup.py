@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from megacontext_jax.config import MegaContextConfig
+from megacontext_jax.config import Config, MegaContextConfig
 from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.gistnet import GistConfig, init_gistnet
 from megacontext_jax.context.layout import fewest_entries, reachable_width
@@ -89,6 +89,39 @@ def saved_gist(meta: dict) -> GistConfig | None:
     return gist_from_dict(meta["gist_config"]) if meta.get("gist_config") else None
 
 
+def saved_options(meta: dict, mc: bool) -> dict:
+    """The options, by name, that GistNet of a checkpoint was made with, and with `mc` its LensNet."""
+    gist, context, found = saved_gist(meta), saved_context(meta) if mc else None, {}
+    if gist:
+        found = {"block_size": gist.block, "gistnet_type": gist.kind}
+        if gist.kind != "mean":
+            layers = {"gistnet_layers": gist.gpt.n_layer}
+            found |= layers | {"gistnet_pooling": gist.pooling, "gistnet_head": gist.head}
+    if context:
+        found |= {"mc_levels": context.levels, "positional_type": context.positions}
+        found |= {"lensnet_layers": context.lens.gpt.n_layer, "lensnet_head": context.lens.head}
+    return found
+
+
+def keep_saved(config: Config, meta: dict, name: str) -> Config:
+    """The configuration with the options that the parts of the checkpoint `name` were made with.
+
+    What a flag names and the checkpoint contradicts is a UserError. Nothing changes where no gists are wanted.
+    """
+    attention = config.model.attention or meta["model_config"].get("attention", "dense")
+    if not config.run.mc and attention == "dense":
+        return config
+    saved = saved_options(meta, config.run.mc)
+    for key, value in saved.items():
+        asked, flag = getattr(config.mc, key), f"--{key.replace('_', '-')}"
+        if asked != value and f"mc.{key}" in config.given:
+            raise UserError(
+                f"{flag} {asked} does not fit {name}, whose gists were trained with {flag} {value}; use that, or "
+                "leave the flag out."
+            )
+    return replace(config, mc=replace(config.mc, **saved))
+
+
 def saved_shapes(meta: dict) -> dict:
     """Shapes of the parameters that a checkpoint has beside the base model's."""
     context, gist = saved_context(meta), saved_gist(meta)
@@ -113,14 +146,24 @@ def final_width(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> in
     return _reach(target, opts, ctx, seq_len)
 
 
+def asked_budget(opts: MegaContextConfig) -> int | None:
+    """Entries that the flags allow a working context in use: the evaluation's own, or the allocator's; None: derive them."""
+    for name in ("mc_eval_soft_max_length", "allocator_soft_max"):
+        value = getattr(opts, name)
+        if value != -1 and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1, or -1 to derive it.")
+        if value != -1:
+            return value
+    return None
+
+
 def budget(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int, tokens: int | None = None) -> int:
     """Entries that a working context of `tokens` tokens (None: a row) may have when the model is used."""
     tokens = seq_len if tokens is None else tokens
     shape = {"block": ctx.block, "levels": ctx.levels, "recent": recent_tokens(opts, seq_len)}
-    for value in (opts.mc_eval_soft_max_length, opts.allocator_soft_max):
-        if value > 0:
-            reachable_width(min(value, tokens), tokens, **shape)  # refuses what no compression reaches
-            return value
+    if asked := asked_budget(opts):
+        reachable_width(min(asked, tokens), tokens, **shape)  # refuses what no compression reaches
+        return asked
     # blocks that a row has and fewer tokens lack may leave these more entries
     return max(final_width(opts, ctx, seq_len), fewest_entries(tokens, **shape))
 
@@ -163,6 +206,32 @@ def nothing_to_choose(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int)
     """Whether all working contexts of the final width are alike, so that no lens can be learned from them."""
     shape = {"block": ctx.block, "levels": ctx.levels, "recent": recent_tokens(opts, seq_len)}
     return final_width(opts, ctx, seq_len) in (seq_len, fewest_entries(seq_len, **shape))
+
+
+def limits(opts: MegaContextConfig, ctx: ContextConfig, seq_len: int) -> list[str]:
+    """Sentences on what training with these options cannot do. UserError where it would train no part of --mc."""
+    if opts.mc_num_random_variants == 0:
+        raise UserError(
+            "--mc-num-random-variants 0 makes no working contexts, so that GistNet and LensNet would never be trained; "
+            "use 2 or more, or leave --mc out."
+        )
+    found = []
+    if opts.mc_num_random_variants == 1:
+        found.append(
+            "--mc-num-random-variants 1 trains no LensNet, which learns from the differences between two working "
+            "contexts of a row; use 2 or more for a learned lens."
+        )
+    elif nothing_to_choose(opts, ctx, seq_len):
+        found.append(
+            "at the final width of the working contexts there is only one way to lay a row out, so LensNet learns "
+            "nothing there; allow more levels, or another --mc-train-wc-length."
+        )
+    if ctx.positions == "gaussian_alibi":
+        found.append(
+            "--positional-type gaussian_alibi can be trained and judged (base_loss --mc), but chat_eval, chat_cli and "
+            "chat_web refuse such a model with --mc: decoding from working contexts does not have its bias."
+        )
+    return found
 
 
 def mixture(opts: MegaContextConfig, seq_len: int) -> Mixture:

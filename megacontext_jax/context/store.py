@@ -17,7 +17,26 @@ from megacontext_jax.context.disk_store import DiskTree, create_folder, open_fol
 from megacontext_jax.context.store_base import Embed, Encode, RamTree, TreeSpec, TreeStore
 from megacontext_jax.errors import UserError
 
-__all__ = ["DiskTree", "RamTree", "TreeSpec", "TreeStore", "create_store", "open_store", "refresh_store"]
+__all__ = [
+    "DiskTree",
+    "RamTree",
+    "TreeSpec",
+    "TreeStore",
+    "check_place",
+    "create_store",
+    "open_store",
+    "refresh_store",
+]
+
+
+def check_place(tree: str, folder: str, flag: str) -> None:
+    """UserError unless --mc-tree ("" where it was not given) agrees with `folder`, the value of `flag`."""
+    if tree == "disk" and not folder:
+        raise UserError(f"--mc-tree disk keeps conversations in a folder; name it with {flag} FOLDER.")
+    if tree == "ram" and folder:
+        raise UserError(
+            f"--mc-tree ram keeps conversations in memory, {flag} {folder} in a folder; leave one of them out."
+        )
 
 
 def create_store(

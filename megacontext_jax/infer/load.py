@@ -1,5 +1,6 @@
 """A trained model from a checkpoint, ready to evaluate or to talk to."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,9 +67,10 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
             f"{folder.name} was trained without --mc and has no GistNet; leave --mc out, or go on with mid_train "
             "--mc or chat_sft --mc, which begin one."
         )
+    config = context_setup.keep_saved(config, meta, folder.name)
     cfg, note = row_setup.pattern(config, cfg, folder.name)
     if note:
-        runtime.print0(f"Note: {note}")
+        _tell(f"Note: {note}")
     gist = context_setup.saved_gist(meta)
     if cfg.attention == "gist" and not gist:
         raise UserError(
@@ -90,7 +92,8 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     )
     params = load_params(folder, step, template)
     if cfg.attention == "gist":
-        rows = row_setup.objective(config, objective, row_setup.gist_config(config, cfg, gist))
+        rows = row_setup.objective(config, objective, gist)
+        _tell(row_setup.runs(config, objective))
         params = {name: x for name, x in params.items() if name != "lensnet"}
         return LoadedModel(rows, params, tokenizer, folder, step)
     if not config.run.mc:
@@ -100,6 +103,10 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     mixture = context_setup.mixture(config.mc, cfg.sequence_len)
     context = context_setup.objective(config.mc, objective, parts, mixture, width)
     return LoadedModel(objective, params, tokenizer, folder, step, context)
+
+
+def _tell(line: str) -> None:
+    runtime.print0(line, file=sys.stderr)  # what is asked of a model may be all of the standard output
 
 
 def decoding_model(params, objective: Objective | GistRows) -> Model:
@@ -143,7 +150,8 @@ def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
         context = context_setup.objective(config.mc, base, parts, mixture, width)
         loaded = LoadedModel(base, jax.jit(context.init)(key), tokenizer, Path("random weights"), 0, context)
     elif cfg.attention == "gist":
-        rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg, None))
+        rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg))
+        _tell(row_setup.runs(config, base))
         loaded = LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
     else:
         loaded = LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
@@ -166,8 +174,8 @@ def focus_config(config: Config, model: LoadedModel) -> FocusConfig:
     edits, rebuild = opts.mc_infer_rebuild_max_replacements, opts.mc_infer_rebuild_iterations
     least = enough_entries(block=allocator.block, levels=allocator.max_level, recent=allocator.recent)
     budget = context_setup.budget(opts, context.context, T)
-    asked = max(opts.mc_eval_soft_max_length, opts.allocator_soft_max)
-    if 0 < asked < least:
+    asked = context_setup.asked_budget(opts)
+    if asked and asked < least:
         raise UserError(
             f"A budget of {asked} entries does not hold a conversation of any length: with blocks of {allocator.block} and "
             f"{allocator.recent} recent tokens it takes {least}; raise --mc-eval-soft-max-length or lower "

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 
-from kernels_pallas import describe
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
 from megacontext_jax.checkpoints.contents import load_tokenizer
@@ -57,6 +56,7 @@ def prepare(config: Config, stage: str) -> Setup:
     else:
         source_step = config.eval.step if config.eval.step >= 0 else latest_step(source)
         meta = read_meta(source, source_step)
+        config = context_setup.keep_saved(config, meta, source.name)
         tokenizer = load_tokenizer(source, meta)
         model = GPTConfig(**(meta["model_config"] | {"sequence_len": seq_len}))
         if meta["step"] < meta["num_iterations"]:
@@ -94,7 +94,7 @@ def prepare(config: Config, stage: str) -> Setup:
             config.mc, objective, parts, num_iterations, shrink=source_context is None
         )
     elif model.attention == "gist":
-        gist = row_setup.gist_config(config, model, context_setup.saved_gist(source_meta))
+        gist = context_setup.saved_gist(source_meta) or row_setup.gist_config(config, model)
         phases = row_setup.phases(config, objective, gist, num_iterations, first_stage=source is None)
     else:
         phases = [Phase(0, objective)]
@@ -215,11 +215,8 @@ def context_parts(
             print0(f"Note: {source_name} has GistNet and LensNet; without --mc this stage leaves them out.")
         return None
     parts = saved or context_setup.context_config(config.mc, model)
-    if context_setup.nothing_to_choose(config.mc, parts, model.sequence_len):
-        print0(
-            "Note: at the final width of the working contexts there is only one way to lay a row out, so LensNet "
-            "learns nothing there; allow more levels, or another --mc-train-wc-length."
-        )
+    for sentence in context_setup.limits(config.mc, parts, model.sequence_len):
+        print0(f"Note: {sentence}")
     return parts
 
 
@@ -252,7 +249,7 @@ def row_facts(config: Config, phases: list) -> dict:
     keys = rows.cfg.keys_per_token()
     return {
         "Attention": row_setup.describe(rows.cfg),
-        "Runs": describe(row_setup.implementation(config, rows.base)),
+        "Runs": row_setup.runs(config, rows.base),
         "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
         "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
         "Gists begin": f"at step {phases[-1].first_step}, before that everything is seen as tokens "

@@ -4,7 +4,11 @@ import json
 
 import pytest
 
+from megacontext_jax.cli import parse
 from megacontext_jax.errors import UserError
+from megacontext_jax.infer.bench import Words
+from megacontext_jax.infer.load import random_chat
+from megacontext_jax.train.plan import model_of
 from scripts import infer_bench
 from tests.runs import flags
 
@@ -49,3 +53,16 @@ def test_bad_lengths_are_refused():
     ):
         with pytest.raises(UserError, match=sentence):
             infer_bench.main(flags(*words))
+
+
+def test_the_budget_of_conversations_is_the_evaluations_own_and_never_too_small():
+    words = ("--mc", "--block-size", "4", "--allocator-recent-tokens", "12", "--mc-horizon", "8")
+
+    def chat(budget: str):
+        asked = ("--mc-eval-soft-max-length", budget, "--allocator-soft-max", "2048")
+        config = parse(flags(*words, *asked), doc="")
+        return random_chat(config, model_of(config), Words(config.tokenizer.vocab_size))
+
+    assert chat("60").focus.budget == 60
+    with pytest.raises(UserError, match="A budget of 40 entries does not hold a conversation"):
+        chat("40")

@@ -17,7 +17,7 @@ import pytest
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax.cli import parse
-from megacontext_jax.config import Config, MegaContextConfig, StageConfig
+from megacontext_jax.config import Config, MegaContextConfig, RunConfig, StageConfig
 from megacontext_jax.context import setup
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.load import load_model
@@ -28,9 +28,11 @@ from megacontext_jax.train import loop
 from megacontext_jax.train.optim import make_optimizer
 from megacontext_jax.train.recipes import RECIPES
 from megacontext_jax.train.schedule import schedules
+from megacontext_jax.train.stages import context_parts, prepare
 from megacontext_jax.train.step import init_state, make_train_step
-from scripts import base_train, chat_eval, mc_otel_preflight
+from scripts import base_loss, base_train, chat_eval, import_nanochat, mc_otel_preflight, mid_train
 from tests.collectors import serve_http
+from tests.conftest import GOLDEN
 from tests.context.test_objective import objective_of, tokens_of
 from tests.infer.session_models import focus_chat
 from tests.runs import ROOT, N, environment, flags, kill_when_saved, losses, records, run
@@ -219,10 +221,76 @@ def test_the_last_stage_goes_on_with_the_gists_of_the_one_before_and_is_asked(tr
     assert "accuracy" in asked
 
 
+def test_a_model_of_nanochat_gets_gists_frozen_or_not(here, tmp_path):
+    import_nanochat.main([str(GOLDEN / "pipeline_head/base_dir"), "--as", "theirs"])
+    words = (
+        *MC,
+        *SHORT,
+        "--tag",
+        "theirs",
+        "--num-iterations",
+        "2",
+        "--optimizer",
+        "adamw",
+        "--mc-disable-val",
+    )
+    said = run(here, "mid_train", *words, "--mc-freeze-base")
+    assert "megacontext_base_theirs has no GistNet and LensNet; they begin here." in said
+    said = run(here, "chat_sft", *words)
+    assert "begin here" not in said
+    base, mid, sft = (
+        load_model(parse(flags("--tag", "theirs", "-i", stage, *wanted), doc="")).params
+        for stage, wanted in (("base", ()), ("mid", MC), ("sft", MC))
+    )
+    same = jax.tree.map(np.array_equal, base, {name: mid[name] for name in base})
+    assert all(jax.tree.leaves(same))
+    assert np.abs(mid["gistnet"]["head"]["out"]["weight"]).max() > 0  # zero at its start
+    for name in ("h", "gistnet"):
+        moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), mid[name], sft[name])
+        assert any(jax.tree.leaves(moved)), name
+
+
 def test_a_stage_without_mc_leaves_the_gists_of_its_base_out(trained):
     said = run(trained, "mid_train", *SHORT)
     assert "megacontext_base_d1 has GistNet and LensNet; without --mc this stage leaves them out." in said
     assert (trained / "artifacts/megacontext_mid_d1/000003").is_dir()
+
+
+def test_parts_of_a_checkpoint_keep_their_shape_and_the_record_says_which(here):
+    words = (*SHORT, "--mc", "--allocator-recent-tokens", "12", "--mc-horizon", "8")
+    own = {"block_size": 4, "mc_levels": 2, "gistnet_layers": 1, "lensnet_layers": 1}
+    config = parse(flags(*words), doc="", stage="mid")
+    assert (config.mc.block_size, config.mc.gistnet_layers) == (32, 2)  # what new ones would have
+    found = prepare(config, "mid")
+    for record in (found.identity["mc"], found.config.to_dict()["mc"]):
+        assert own.items() <= record.items()
+    assert found.phases[-1].objective.context.block == 4
+    assert load_model(parse(flags(*words, "-i", "base"), doc="")).context.context.block == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "own"),
+    [
+        ("--block-size", "8", "4"),
+        ("--mc-levels", "1", "2"),
+        ("--gistnet-type", "mean", "transformer"),
+        ("--gistnet-layers", "2", "1"),
+        ("--gistnet-pooling", "cls", "mean"),
+        ("--gistnet-head", "linear", "mlp"),
+        ("--lensnet-layers", "2", "1"),
+        ("--lensnet-head", "linear", "mlp"),
+        ("--positional-type", "rank", "gaussian"),
+    ],
+)
+def test_a_shape_that_a_checkpoint_does_not_have_is_refused(here, flag, value, own):
+    for script in (mid_train, base_loss):
+        with pytest.raises(UserError) as error:
+            script.main(flags(*MC, *SHORT, "-i", "base", flag, value))
+        for words in (f"{flag} {value} does not fit megacontext_base_d1", f"{flag} {own};"):
+            assert words in str(error.value)
+    # without gists the flag says nothing
+    config = parse(flags("-i", "base", flag, value), doc="")
+    assert setup.keep_saved(config, {"model_config": {}}, "any") is config
 
 
 def test_base_loss_says_what_every_lens_costs(trained):
@@ -262,6 +330,34 @@ def test_the_curriculum_begins_raw_and_shrinks():
     assert [(p.first_step, p.objective.width) for p in later] == [(0, 16)]
     at = SimpleNamespace(phases=found)
     assert [loop.phase_at(at, step).first_step for step in (0, 99, 100, 299, 5000)] == [0, 0, 100, 250, 300]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, ""),
+        ({"mc_num_random_variants": 1}, "--mc-num-random-variants 1 trains no LensNet"),
+        ({"mc_train_wc_length": 64}, "only one way to lay a row out"),
+        ({"positional_type": "gaussian_alibi"}, "chat_eval, chat_cli and chat_web refuse such a model"),
+    ],
+)
+def test_what_a_stage_cannot_learn_or_do_is_said_before_it(options, sentence, capsys):
+    opts = MegaContextConfig(
+        **{"block_size": 4, "allocator_recent_tokens": 12, "mc_train_wc_length": 25} | options
+    )
+    base, _ = objective_and_parts(opts)
+    config = Config(mc=opts, run=RunConfig(mc=True))
+    assert context_parts(config, base.cfg, None, "") == setup.context_config(opts, base.cfg)
+    said = capsys.readouterr().out
+    assert said.count("Note: ") == bool(sentence)
+    assert sentence in said
+
+
+def test_a_budget_is_the_evaluations_own_or_the_allocators():
+    assert setup.asked_budget(MegaContextConfig()) is None
+    assert setup.asked_budget(MegaContextConfig(allocator_soft_max=30)) == 30
+    both = MegaContextConfig(mc_eval_soft_max_length=20, allocator_soft_max=30)
+    assert setup.asked_budget(both) == 20
 
 
 def test_a_short_history_may_need_more_entries_than_a_row():

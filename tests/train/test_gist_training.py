@@ -5,16 +5,19 @@ import shutil
 import pytest
 
 from megacontext_jax.cli import parse
+from megacontext_jax.context import row_setup
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.load import load_model
 from megacontext_jax.interop.transfer import export_checkpoint
 from megacontext_jax.telemetry import names
+from megacontext_jax.train.plan import model_of
 from scripts import base_train, chat_eval
 from tests.runs import N, environment, flags, kill_when_saved, losses, records, run
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32", "--gistnet-layers", "1")
 GIST = (*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8", "--mc-raw-share", "0.3")
+RUNS = "gist attention: xla (mosaic_gpu: this machine has no Hopper GPU)"
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 
 
@@ -39,7 +42,7 @@ def here(trained, monkeypatch):
 def test_a_run_says_what_it_is_and_speaks(trained):
     said = (trained / "said.txt").read_text()
     assert "gist attention (blocks of 4, window 8, 1 middle span(s), 2 level(s), gaussian positions)" in said
-    assert "gist attention: xla (mosaic_gpu: this machine has no Hopper GPU)" in said
+    assert RUNS in said
     assert said.count("Compiled the training step") == 2  # dense at first
     assert " -> " in said  # samples
     found = records(trained, "megacontext_base_d1")
@@ -63,8 +66,12 @@ def test_later_stages_and_evaluators_keep_the_pattern(trained):
     assert "begin here" not in said
     said = run(trained, "chat_eval", "-i", "mid", "--num-examples", "2", "-a", "facts")
     assert "accuracy" in said
-    assert "bits per byte" in run(trained, "base_loss", "-i", "base")
-    assert run(trained, "chat_cli", "-i", "mid", "--prompt", "2 + 2?").strip()
+    assert RUNS in said
+    said = run(trained, "base_loss", "-i", "base")
+    assert "bits per byte" in said
+    assert RUNS in said
+    said = run(trained, "chat_cli", "-i", "mid", "--prompt", "2 + 2?")
+    assert RUNS in said
 
 
 def test_another_pattern_is_told(trained):
@@ -75,10 +82,6 @@ def test_another_pattern_is_told(trained):
         "base",
         "--attention",
         "sliding",
-        "--block-size",
-        "4",
-        "--gist-window",
-        "8",
     )
     assert "was trained with gist attention" in said
     assert "here it runs with sliding attention over" in said
@@ -115,6 +118,31 @@ def test_a_model_that_nanochat_cannot_express_is_not_exported(here, tmp_path):
     run_folder = here / "artifacts/megacontext_base_d1"
     with pytest.raises(UserError, match="gist attention, which PyTorch nanochat cannot express"):
         export_checkpoint(run_folder, tmp_path)
+
+
+def test_a_pattern_stays_but_for_what_flags_name(here):
+    for words in ((), ("--attention", "gist")):
+        cfg = load_model(parse(flags(*words, "-i", "base"), doc="")).cfg
+        assert (cfg.gist_block, cfg.gist_window) == (4, 8)
+    wider = load_model(parse(flags("-i", "base", "--gist-window", "16"), doc="")).cfg
+    assert (wider.gist_block, wider.gist_window) == (4, 16)
+    sliding = load_model(parse(flags("-i", "base", "--attention", "sliding"), doc="")).cfg
+    assert (sliding.attention, sliding.gist_block, sliding.gist_window) == ("sliding", 4, 8)
+
+
+@pytest.mark.parametrize("attention", ["gist", "sliding"])
+def test_windows_that_nobody_asked_for_make_room(attention):
+    words = ("--arch", "latest", "--attention", attention, "--block-size", "4", "--gist-window", "8")
+    config = parse(flags(*words), doc="")
+    trained = model_of(config)
+    assert trained.window_pattern == "SSSL"
+    model, note = row_setup.pattern(config, trained)
+    assert (model.attention, model.window_pattern, note) == (attention, "L", "")
+    _, note = row_setup.pattern(config, trained, "theirs")
+    assert "theirs was trained with dense attention in windows SSSL; here it runs with" in note
+    insisted = parse(flags(*words, "--window-pattern", "SL"), doc="")
+    with pytest.raises(UserError, match="leave --window-pattern SL out"):
+        row_setup.pattern(insisted, model_of(insisted))
 
 
 def test_a_model_may_be_judged_with_more_levels(here):
