@@ -6,7 +6,7 @@ context has seen what is predicted. Shape suffixes: R rows, T tokens, H horizon,
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from megacontext_jax import mesh as meshes
 from megacontext_jax.context import setup
 from megacontext_jax.context.allocator import AllocatorConfig, new_focus, refocus
-from megacontext_jax.context.entries import pick
 from megacontext_jax.context.focus import focus, seed_layout
-from megacontext_jax.context.layout import Layout, append_raw, compress, last_tokens, raw_layout, starts
+from megacontext_jax.context.layout import Layout, append_raw, compress, raw_layout, starts
 from megacontext_jax.context.lenses import LENSES, View
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.context.positions import entry_rope
@@ -68,29 +67,29 @@ class Views:
     def deltas(self, params, batch, key):
         """{view: nats per token [R] above the raw context, NaN in rows without a target}, and statistics by lens."""
         objective, H = self.objective, self.horizon
-        ids_RT, targets_RT = batch["inputs"], batch["targets"]
-        T = ids_RT.shape[1]
-        history = T - H
-        tables = objective.tables(params, ids_RT)
-        raw_RH = objective.nll(params, batch)[:, history:]
-        counted_RH = targets_RT[:, history:] >= 0
+        targets_RH = batch["targets"][:, -H:]
+        raw_RH = objective.nll(params, batch)[:, -H:]
+        counted_RH = targets_RH >= 0
         count_R = counted_RH.sum(-1)
         found, stats = {}, {}
-        for name, (layout, edits) in self.layouts(
-            params, _up_to(tables, history, objective), ids_RT[:, :history], key
-        ).items():
-            whole = append_raw(layout, history, H)
-            x_RWC = objective.hidden(params, tables, ids_RT, whole)
-            labels_RW = pick(
-                targets_RT, jnp.where(whole.valid_BW, last_tokens(whole, objective.context.block), 0)
-            )
-            nll_RW = objective.base.nats(loss.chunked_nll, params, x_RWC, labels_RW)
-            ahead_RH = layout.count_B[:, None] + jnp.arange(H)
-            delta_RH = jnp.where(counted_RH, jnp.take_along_axis(nll_RW, ahead_RH, axis=1) - raw_RH, 0.0)
+        for name, x_RHC, edits in self.ahead(params, batch["inputs"], key):
+            nll_RH = objective.base.nats(loss.chunked_nll, params, x_RHC, targets_RH)
+            delta_RH = jnp.where(counted_RH, nll_RH - raw_RH, 0.0)
             found[name] = jnp.where(count_R > 0, delta_RH.sum(-1) / jnp.maximum(count_R, 1), jnp.nan)
             if edits is not None:
                 stats[name] = edits
         return found, stats
+
+    def ahead(self, params, ids_RT, key) -> Iterator[tuple]:
+        """Per view its name, the final activations [R, H, C] of the last H tokens under it, and statistics of the edits."""
+        objective, H = self.objective, self.horizon
+        history = ids_RT.shape[1] - H
+        tables = objective.tables(params, ids_RT)
+        past = _up_to(tables, history, objective)
+        for name, (layout, edits) in self.layouts(params, past, ids_RT[:, :history], key).items():
+            x_RWC = objective.hidden(params, tables, ids_RT, append_raw(layout, history, H))
+            ahead_RH = layout.count_B[:, None] + jnp.arange(H)
+            yield name, jnp.take_along_axis(x_RWC, ahead_RH[..., None], axis=1), edits
 
     def look(self, params, ids_RT, key) -> "Seen":
         """The context of the first row before and after the first lens."""

@@ -140,6 +140,11 @@ def as_chat(config: Config, model: LoadedModel) -> ChatModel:
 
 def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
     """A model of random weights that holds conversations: with --mc, --attention gist or neither."""
+    return as_chat(config, random_model(config, model, tokenizer))
+
+
+def random_model(config: Config, model: GPTConfig, tokenizer) -> LoadedModel:
+    """A model of random weights: with --mc, --attention gist or neither."""
     cfg, _ = row_setup.pattern(config, model)
     base = make_objective(cfg, attention_impl="auto", dtype=runtime.compute_dtype(config.run))
     key = jax.random.key(config.run.seed)
@@ -148,14 +153,13 @@ def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
         width = context_setup.final_width(config.mc, parts, cfg.sequence_len)
         mixture = context_setup.mixture(config.mc, cfg.sequence_len)
         context = context_setup.objective(config.mc, base, parts, mixture, width)
-        loaded = LoadedModel(base, jax.jit(context.init)(key), tokenizer, Path("random weights"), 0, context)
-    elif cfg.attention == "gist":
+        params = jax.jit(context.init)(key)
+        return LoadedModel(base, params, tokenizer, Path("random weights"), 0, context)
+    if cfg.attention == "gist":
         rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg))
         _tell(row_setup.runs(config, base))
-        loaded = LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
-    else:
-        loaded = LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
-    return as_chat(config, loaded)
+        return LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
+    return LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
 
 
 def focus_config(config: Config, model: LoadedModel) -> FocusConfig:

@@ -40,6 +40,7 @@ ORDER = (
     "chat-evaluation-rl",
     "working-contexts",
     "long-context",
+    "long-context-model",
     "long-history",
 )
 STAGE_OF = {

@@ -102,8 +102,11 @@ class Book:
         other = {"mark": "mark_rows", "mark_rows": "mark"}[part]
         stale = self.notes.get(task.name, {}).get(other) not in (None, self.mark)
         before = ({}, {}) if stale else (self.results.get(task.name, {}), self.notes.get(task.name, {}))
-        self.results[task.name] = before[0] | found | {"chance": task.chance}
-        self.notes[task.name] = before[1] | about | facts
+        self.enter_alone(task.name, before[0] | found | {"chance": task.chance}, before[1] | about | facts)
+
+    def enter_alone(self, name: str, row: dict, notes: dict) -> None:
+        """A whole row, in place of the one of this name."""
+        self.results[name], self.notes[name] = row, notes
         write_atomic(self.folder / RESULTS, json.dumps(self.results, indent=2) + "\n")
         write_atomic(self.folder / NOTES, json.dumps(self.notes, indent=2) + "\n")
 
