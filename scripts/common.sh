@@ -19,6 +19,16 @@ find_uv() {
   fi
 }
 
+# find_python UV VERSION: an interpreter of this machine; also one that pyenv keeps and does not have on the PATH.
+find_python() {
+  local python
+  "$1" python find --system --no-python-downloads "$2" 2>/dev/null && return
+  for python in "${PYENV_ROOT:-$HOME/.pyenv}/versions/$2".*/bin/python; do
+    [ -x "$python" ] && echo "$python" && return
+  done
+  return 1
+}
+
 # python_with_pip: the first python3 of the PATH that has pip; an active environment may have none.
 python_with_pip() {
   local python
@@ -49,7 +59,7 @@ setup_env() {
   if [ "$(cat .venv/megacontext-base 2>/dev/null)" != "$sum $version $extra" ]; then
     uv="$(find_uv)" || return 1
     say "Setting up .venv (Python $version, $extra) ..."
-    "$uv" venv --quiet --clear --python "$version" .venv || return 1
+    "$uv" venv --quiet --clear --python "$(find_python "$uv" "$version" || echo "$version")" .venv || return 1
     install_packages "$uv" -e ".[$extra]" || return 1
     printf '%s' "$version" >.venv/megacontext-python
     printf '%s' "$sum $version $extra" >.venv/megacontext-base

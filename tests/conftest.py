@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import quick
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
@@ -15,7 +17,6 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["WANDB_MODE"] = "disabled"
 
 GOLDEN = Path(__file__).parent / "golden"
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,7 @@ def private_folders(tmp_path, monkeypatch):
 def quick_to_compile():
     """Processes that the tests of a module start compile in a hurry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", QUICK)
+        patch.setenv("XLA_FLAGS", quick.FLAGS)
         yield
 
 

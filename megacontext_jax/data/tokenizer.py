@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rustbpe
 
 from megacontext_jax.data import tokenizer_files as files
 from megacontext_jax.data.tokenizer_files import SPECIAL_TOKENS, Vocabulary
@@ -50,11 +49,19 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Trains on `texts`; `vocab_size` counts the special tokens. The result may be smaller.
 
-        Raises UserError if `vocab_size` cannot hold the bytes and special tokens, or `texts` has no text.
+        Raises UserError if `vocab_size` cannot hold the bytes and special tokens, `texts` has no text, or
+        the package rustbpe is missing: only training needs it.
         """
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise UserError(f"--vocab-size {vocab_size} is too small; it must be at least {smallest}.")
+        try:
+            import rustbpe
+        except ImportError as error:
+            raise UserError(
+                "Training a tokenizer needs the package rustbpe, which this Python does not have; "
+                "install it with `pip install rustbpe`, or use a tokenizer that is trained already."
+            ) from error
         seen = False
 
         def pieces() -> Iterator[str]:

@@ -17,14 +17,14 @@ from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.loss import reference_nll
 from megacontext_jax.model.objective import make_objective
 from megacontext_jax.telemetry import names
+from tests import quick
 
 T, K, RECENT, HORIZON, WIDTH = 32, 4, 6, 4, 17
-QUICK = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}  # quick to compile
 MIXTURE = Mixture(recent=RECENT, horizon=HORIZON)
 
 
 def jit(fn):
-    return jax.jit(fn, compiler_options=QUICK)
+    return jax.jit(fn, compiler_options=quick.OPTIONS)
 
 
 def objective_of(

@@ -146,6 +146,22 @@ def test_small_text_ends_early_and_ids_follow_the_merges():
     assert trained.decode(trained.encode("ab ab\n")) == "ab ab\n"
 
 
+def test_only_training_needs_the_trainer(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rustbpe", None)  # as where the package is missing
+    with pytest.raises(UserError, match="pip install rustbpe"):
+        Tokenizer.train(["text"], 300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; sys.modules['rustbpe'] = None; import megacontext_jax.infer.load",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_training_refuses_what_cannot_work():
     with pytest.raises(UserError, match=r"264 is too small.*265"):
         Tokenizer.train(["text"], 264)

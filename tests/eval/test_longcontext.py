@@ -15,6 +15,7 @@ import pytest
 from megacontext_jax.errors import UserError
 from megacontext_jax.eval.longcontext import columns, models, suite
 from megacontext_jax.eval.longcontext.tasks import HOP_NAMES, KEYS, MARKS, TASKS
+from tests import quick
 
 ROWS = 64
 
@@ -118,11 +119,10 @@ for run in (suite.run, suite.run_rows):
 def ran(tmp_path_factory):
     """(folder, what was said) of a run of one task."""
     folder = tmp_path_factory.mktemp("suite")
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # to compile
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(folder)],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"XLA_FLAGS": quick},
+        env=os.environ | {"XLA_FLAGS": quick.FLAGS},
         capture_output=True,
         text=True,
         timeout=300,

@@ -3,6 +3,7 @@
 Reaches into a private module, so it looks before it touches: where JAX has changed, tests only become slow.
 """
 
+import dataclasses
 import inspect
 import threading
 
@@ -19,12 +20,17 @@ try:  # public from 0.11 on
 except ImportError:
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-__all__ = ["InterpretGPUParams", "install"]
+FINDS_RACES = "on_race" in {field.name for field in dataclasses.fields(InterpretGPUParams)}  # 0.12
 
 # the threads of a kernel wait for each other: none may need a thread of the pool to go on
 ALONE = {"xla_cpu_multi_thread_eigen": False}
 _compiled: dict = {}
 _lock = threading.Lock()
+
+
+def interpreter() -> InterpretGPUParams:
+    """Where JAX can tell, a race in shared memory is an error."""
+    return InterpretGPUParams(**({"detect_races": True, "on_race": "raise"} if FINDS_RACES else {}))
 
 
 def _run(jaxpr, consts, *args):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels_pallas import GistSpec, Refused, gist_attention
 from kernels_pallas.shapes import EDGES, Problem
-from tests.context.test_objective import QUICK
+from tests import quick
 
 SPECS = st.builds(
     lambda r, w, m, levels: GistSpec(r, r * w, m, levels),
@@ -24,7 +24,7 @@ SPECS = st.builds(
 
 
 def jit(fn):
-    return jax.jit(fn, compiler_options=QUICK)
+    return jax.jit(fn, compiler_options=quick.OPTIONS)
 
 
 def relative(found, wanted) -> float:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.gpu_checks import decoded_rows
 from kernels_pallas import GistSpec, gist_attention
-from kernels_pallas.decode import append, fill, gist_decode, init_gist_cache, slots
+from kernels_pallas.decode import fill, init_gist_cache, slots
 from kernels_pallas.shapes import Problem
 
 SPECS = [GistSpec(4, 16, 1, 3), GistSpec(2, 6, 0, 4), GistSpec(8, 0, 2, 1), GistSpec(3, 9, 1, 2)]
@@ -28,30 +29,6 @@ def test_what_is_seen_is_still_there(spec):
     assert longer[:-1] == slots(spec, 300_000)[:-1]
 
 
-def steps(spec: GistSpec, cache, rows, start_B, count: int):
-    """Outputs per level [count, B, H, D] of every row that ends at tokens start, start + 1, ...; zeros where none does."""
-    q, k, v = rows
-
-    def at(x_BSHD, row_B):
-        return jnp.take_along_axis(x_BSHD, row_B[:, None, None, None], axis=1, mode="clip")[:, 0]
-
-    def step(carry, _):
-        cache, position_B = carry
-        found = []
-        for level in range(spec.levels + 1):
-            span = spec.block**level
-            ends_B = (position_B + 1) % span == 0
-            row_B = (position_B + 1) // span - 1
-            if q[level].shape[1] == 0:
-                continue
-            cache = append(cache, level, at(k[level], row_B), at(v[level], row_B), row_B, ends_B)
-            o_BHD = gist_decode(at(q[level], row_B), cache, position_B, spec=spec, level=level)
-            found.append(jnp.where(ends_B[:, None, None], o_BHD, 0.0))
-        return (cache, position_B + 1), tuple(found)
-
-    return jax.lax.scan(step, (cache, start_B), None, length=count)[1]
-
-
 @pytest.mark.parametrize(
     ("spec", "tokens"), [(SPECS[0], 5000), (SPECS[1], 300), (SPECS[2], 400), (SPECS[3], 250)]
 )
@@ -60,7 +37,7 @@ def test_token_by_token_is_the_whole_sequence(spec, tokens):
     q, k, v, _ = problem.arrays()
     whole = jax.jit(partial(gist_attention, spec=spec))(q, k, v)
     cache = init_gist_cache(spec, 2, tokens, 2, 8)
-    found = jax.jit(partial(steps, spec, count=tokens))(cache, (q, k, v), jnp.zeros(2, jnp.int32))
+    found = jax.jit(partial(decoded_rows, spec, count=tokens))(cache, (q, k, v), jnp.zeros(2, jnp.int32))
     for level, o_TBHD in enumerate(found):
         ended = o_TBHD[spec.block**level - 1 :: spec.block**level].swapaxes(0, 1)
         np.testing.assert_allclose(ended, whole[level], atol=1e-5)
@@ -74,7 +51,7 @@ def test_sequences_of_different_lengths_go_on_after_a_prefill():
     length_B = jnp.array([3, 64, 137])
     padded = [tuple(x.at[:, 137 // spec.block**m :].set(9.0) for m, x in enumerate(rows)) for rows in (k, v)]
     cache = fill(init_gist_cache(spec, 3, tokens, 2, 8), *padded, length_B, spec)
-    found = jax.jit(partial(steps, spec, count=more))(cache, (q, k, v), length_B)[0]
+    found = jax.jit(partial(decoded_rows, spec, count=more))(cache, (q, k, v), length_B)[0]
     for b, n in enumerate(length_B):
         np.testing.assert_allclose(found[:, b], whole[0][b, n : n + more], atol=1e-5)
 

@@ -1,14 +1,24 @@
-"""The GPU suite where there is no GPU: what it says, and that a case that fails costs one row."""
+"""The GPU suite where there is no GPU: what it says, and that a case that fails or hangs costs one figure."""
 
 import json
 import os
 import subprocess
 import sys
+import time
 
+import jax
 import pytest
 
-from benchmarks import gpu_kernels
+from benchmarks import gpu_checks, gpu_kernels, gpu_models, gpu_timing
+from kernels_pallas import GistSpec
+from kernels_pallas.mosaic_gpu.config import refusal
+from kernels_pallas.shapes import Problem
 from tests.runs import ROOT
+
+
+def last(steps) -> dict:
+    *_, found = steps
+    return found
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch, tmp_path):
@@ -18,7 +28,9 @@ def test_a_machine_without_a_gpu_is_told(monkeypatch, tmp_path):
 
 def test_every_case_gets_its_row(tmp_path):
     driver = tmp_path / "nvidia-smi"
-    driver.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 9.0'\n")
+    driver.write_text(
+        "#!/bin/sh\ncase $1 in *name*) echo 'NVIDIA H100 80GB HBM3, 9.0' ;; *) echo 580.1 ;; esac\n"
+    )
     driver.chmod(0o755)
     env = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -26,7 +38,7 @@ def test_every_case_gets_its_row(tmp_path):
         "JAX_PLATFORMS": "cpu",
     }
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_kernels", "--minutes", "1.01"],
+        [sys.executable, "-m", "benchmarks.gpu_kernels", "--minutes", "0", "--limit", "30"],
         cwd=ROOT,
         env=env,
         capture_output=True,
@@ -35,8 +47,142 @@ def test_every_case_gets_its_row(tmp_path):
     assert done.returncode == 1, done.stderr
     found = json.loads((tmp_path / "gist_attention.json").read_text())
     assert "H100" in found["gpu"]
-    assert "no Hopper GPU" in found["cases"]["check_128"]["error"]
-    assert "0 of" in done.stdout
+    assert found["driver"] == "580.1"
+    assert found["command"].endswith("-m benchmarks.gpu_kernels --minutes 0 --limit 30")
+    assert list(found["cases"]) == list(gpu_kernels.CASES)
+    for case in gpu_kernels.CASES:
+        assert found["cases"][case] == {"error": "not begun"}
+        assert f"{case:<20} not begun" in done.stdout
+    assert "FAILED: no row was timed" in done.stdout
+
+
+def test_what_it_runs_on_is_recorded(tmp_path):
+    found = gpu_kernels.in_a_process("versions", 100, tmp_path / "cache")
+    assert "error" not in found
+    assert found["jax"] == jax.__version__
+    assert found["device"] == "cpu"
+
+
+def case_that(body: str, monkeypatch, tmp_path, limit=20.0) -> dict:
+    """What the suite keeps of a case whose process runs `body`."""
+    script = tmp_path / "case.sh"
+    script.write_text(f"#!/bin/sh\n{body}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    return gpu_kernels.in_a_process("time_2048_4", limit, tmp_path / "cache")
+
+
+def test_what_was_measured_outlives_a_case_that_hangs(monkeypatch, tmp_path):
+    """Also where something that the case has started holds on to its output."""
+    body = """echo '{"both": {"gist": 2.0}, "under_way": "xla, both"}'; printf '{"both": {"gi'; sleep 60 & sleep 60"""
+    started = time.monotonic()
+    found = case_that(body, monkeypatch, tmp_path, limit=1.0)
+    assert time.monotonic() - started < 30
+    assert found["both"] == {"gist": 2.0}
+    assert found["error"] == "not done after 1 s"
+    assert "not done after 1 s (during xla, both)" in gpu_kernels.line("time_2048_4", found)
+
+
+def test_what_was_measured_outlives_a_case_that_fails(monkeypatch, tmp_path):
+    found = case_that("echo '{\"both\": {}}'; echo 'RuntimeError: no' >&2; exit 1", monkeypatch, tmp_path)
+    assert found["error"] == "RuntimeError: no"
+    assert found["both"] == {}
+    assert "error" in case_that("exit 0", monkeypatch, tmp_path)  # a case that says nothing has not passed
+
+
+def test_rivals_that_fail_cost_their_own_figures(monkeypatch):
+    """On a CPU there is no cuDNN; our kernel is first and stands, chunked XLA is last and runs at every length."""
+    from kernels_pallas import api
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_gpu", api.IMPLEMENTATIONS["xla"])
+    monkeypatch.setattr(api, "_mosaic_gpu_refusal", lambda *x: None)
+    monkeypatch.setattr(gpu_timing, "HEADS", 1)
+    steps = [json.loads(json.dumps(x)) for x in gpu_timing.timing(100, 1)]
+    order = [x["under_way"] for x in steps if "under_way" in x]
+    names = ("gist", *gpu_timing.RIVALS)
+    assert order == [f"{name}, {what}" for name in names for what in ("forward", "both")]
+    assert steps[1]["forward"].keys() == {"floor"}
+    assert steps[2]["forward"].keys() == {"floor", "gist"}
+    found = steps[-1]
+    assert found["both"].keys() == {"floor", "gist", "xla"}
+    assert found["failed"].keys() == {f"{x}, {y}" for x in ("dense", "sliding") for y in ("forward", "both")}
+
+
+def test_floors_are_those_of_the_pairs_that_are_seen(monkeypatch):
+    from megacontext_jax.telemetry import hardware
+
+    monkeypatch.setattr(hardware, "peak_flops", lambda kind: 1e12)
+    monkeypatch.setattr(gpu_timing, "BANDWIDTH", {"cpu": 1e15})
+    problem = Problem(2048, GistSpec(), 2, 3, 3, 128)
+    found = gpu_timing.bounds(problem)
+    assert found["forward"]["floor"] == pytest.approx(1e3 * 4 * problem.pairs() * 6 * 128 / 1e12)
+    assert found["both"]["floor"] == pytest.approx(1e3 * 14 * problem.pairs() * 6 * 128 / 1e12)
+    assert found["visited_tiles"] * 128 * 128 > problem.pairs()
+    assert found["pair_density"] < found["tile_density"]
+    monkeypatch.setattr(gpu_timing, "BANDWIDTH", {"cpu": 1e9})  # where bytes take longer
+    assert gpu_timing.bounds(problem)["forward"]["floor"] > 2 * found["forward"]["floor"]
+
+
+def test_decoding_is_checked():
+    found = last(gpu_checks.decode_check(Problem(90, GistSpec(4, 8, 1, 2), 2, 4, 2, 16), 60))
+    assert found["passed"]
+    assert found["float32"] < 1e-5
+
+
+def test_a_check_passes_only_what_is_close(monkeypatch):
+    """The check itself, with the kernels played by the reference, or by something else."""
+    from kernels_pallas import api
+    from kernels_pallas.reference import gist_attention_reference
+
+    monkeypatch.setattr(api, "_mosaic_gpu_refusal", lambda *x: None)
+    monkeypatch.setitem(gpu_checks.PROBLEMS, "tiny", Problem(50, GistSpec(8, 16, 1, 1)))
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_gpu", gist_attention_reference)
+    found = last(gpu_checks.check("tiny"))
+    assert found["passed"]
+    assert found["two_runs_alike"]
+
+    def off(q, k, v, spec, segment_ids, scale):
+        return gist_attention_reference(q, k, v, spec, segment_ids, 1.1 * scale)
+
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "mosaic_gpu", off)
+    assert not last(gpu_checks.check("tiny"))["passed"]
+
+
+def test_the_problems_of_the_checks_are_taken():
+    assert {x.spec.block for x in gpu_checks.PROBLEMS.values()} == {8, 32, 128}
+    for problem in (*gpu_checks.PROBLEMS.values(), gpu_checks.SMALL):
+        assert refusal(problem.spec, problem.head_dim, "bfloat16") is None
+        assert all(problem.spec.rows(problem.tokens))
+
+
+def test_checkers_of_memory(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    assert last(gpu_checks.sanitizer("memcheck")) == {"skipped": "compute-sanitizer is not installed"}
+    tool = tmp_path / "compute-sanitizer"
+    said = "echo '========= ERROR SUMMARY: %d errors'; exit %d"
+    for errors, status, ran in ((0, 0, True), (2, 9, True), (0, 0, False)):
+        tool.write_text(
+            "#!/bin/sh\n" + ("echo the small problem ran\n" if ran else "") + said % (errors, status)
+        )
+        tool.chmod(0o755)
+        found = last(gpu_checks.sanitizer("memcheck"))
+        assert found["passed"] == (ran and not errors)
+        assert found["summary"] == f"ERROR SUMMARY: {errors} errors"
+
+
+def test_what_fails_the_suite():
+    good = {case: {"passed": True} for case in gpu_kernels.CHECKS}
+    good |= {"sanitizer_memcheck": {"skipped": "-"}, "sanitizer_racecheck": {"error": "not done after 60 s"}}
+    good |= {"time_2048_4": {"both": {"gist": 1.0}}, "time_4096_4": {"error": "not begun"}}
+    assert gpu_kernels.failures(good) == []
+    for case, instead in (
+        ("check_heads64", {"passed": False}),
+        ("check_packed", {"error": "not begun"}),
+        ("sanitizer_racecheck", {"passed": False}),
+        ("time_2048_4", {"both": {"floor": 1.0}, "error": "not done after 60 s"}),
+    ):
+        assert len(gpu_kernels.failures(good | {case: instead})) == 1
 
 
 @pytest.mark.parametrize("attention", ["dense", "gist"])
@@ -50,19 +196,31 @@ def test_steps_and_decoding_run(monkeypatch, attention):
         "config_for_depth",
         lambda depth, **fields: real(1, head_dim=16, aspect_ratio=32, **(fields | {"vocab_size": 256})),
     )
-    step = gpu_kernels.training_step(attention, rows=2, tokens=64)
+    step = last(gpu_models.training_step(attention, rows=2, tokens=64))
     assert step["tokens_per_second"] > 0
     assert 0 < step["loss"] < 10
-    spoken = gpu_kernels.decoding(attention, batch=2, prompt=32, new_tokens=8)
+    spoken = last(gpu_models.decoding(attention, batch=2, prompt=32, new_tokens=8))
     assert spoken["tokens_per_second"] > 0
 
 
 def test_rows_are_readable():
-    row = {"floor": 1.0, "gist": 2.0, "dense": 6.0, "sliding": 1.5}
-    said = gpu_kernels.line("time_8192_4", {"forward": row, "both": row, "tile_density": 0.2})
-    assert "3.00 x dense" in said
-    assert "1.67 of dense x tile density" in said
-    assert "after 60 s" in gpu_kernels.line("time_8192_4", {"error": "not done after 60 s"})
+    row = {"floor": 1.0, "gist": 2.0, "dense": 6.0}
+    cut_short = {"floor": 1.0, "gist": 2.0}
+    shared = {"tile_density": 0.2, "visited_tiles": 77}
+    results = {
+        "check_packed": {"passed": True},
+        "time_8192_4": {"forward": row, "both": cut_short, "failed": {"sliding, both": "no"}} | shared,
+        "time_8192_1": {"error": "not begun"},
+    }
+    head, forward, both = gpu_timing.summary(results).splitlines()
+    assert head.split()[3:5] == ["floor", "ms"]
+    wanted = "8192 4 forward 1.000 2.000 6.000 - - 3.00 1.67 77 = 20.0 %"
+    assert forward.split() == wanted.split()
+    wanted = "8192 4 both 1.000 2.000 - - - - - 77 = 20.0 %"
+    assert both.split() == wanted.split()
+    said = gpu_kernels.line("time_8192_4", results["time_8192_4"])
+    assert "forward: floor 1.000, gist 2.000, dense 6.000 ms" in said
+    assert "sliding, both failed: no" in said
 
 
 def test_the_configurations_that_are_timed_fit():
@@ -70,6 +228,6 @@ def test_the_configurations_that_are_timed_fit():
 
     from kernels_pallas.mosaic_gpu.config import SHARED_MEMORY, default_config, largest
 
-    head_dim = gpu_kernels.HEAD_DIM
-    for variant in gpu_kernels.VARIANTS:
+    head_dim = gpu_timing.HEAD_DIM
+    for variant in gpu_timing.VARIANTS:
         assert largest(replace(default_config(head_dim), **variant), head_dim, 3) <= SHARED_MEMORY
