@@ -88,20 +88,10 @@ class Objective:
 
 
 class Phase(NamedTuple):
-    """From `first_step` on training has this objective; with `beside`, every other step has that one's loss."""
+    """From `first_step` on training has this objective; its step is compiled once, when it begins."""
 
     first_step: int
     objective: object  # loss, summarise, flops_per_token
-    beside: object | None = None
-
-    @property
-    def turns(self) -> tuple:
-        """What step i of the phase has is item i modulo their number."""
-        return (self.objective,) if self.beside is None else (self.objective, self.beside)
-
-    @property
-    def flops_per_token(self) -> float:
-        return sum(x.flops_per_token for x in self.turns) / len(self.turns)
 
 
 def make_objective(

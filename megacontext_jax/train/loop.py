@@ -202,14 +202,14 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
     position = setup.stream.get_state()
     rows, waited = timed_next(setup.stream)
     phase = phase_at(setup, int(resume_step or 0))
-    train_steps, batch = compile_phase(setup, phase, state, rows, shardings)
+    train_step, batch = compile_step(setup, phase, state, rows, shardings)
     tokens_per_step = math.prod(batch["inputs"].shape)
     bpb_step = make_bpb_step(setup.nll_fn, setup.tokenizer.token_bytes(), mesh)
 
     meter = StepMeter(
         n_steps,
         tokens_per_step,
-        flops_per_token=phase.flops_per_token,
+        flops_per_token=phase.objective.flops_per_token,
         peak_flops=hardware.total_peak_flops(setup.facts.get("compute dtype", "float32")),
     )
     if "meter" in loop_state:
@@ -319,12 +319,11 @@ def _train(setup: Setup, checkpoints: Checkpoints) -> int:
             if phase_at(setup, step) is not phase:
                 log.take()
                 phase = phase_at(setup, step)
-                meter.flops_per_token = phase.flops_per_token
-                train_steps, batch = compile_phase(setup, phase, state, rows, shardings)
+                meter.flops_per_token = phase.objective.flops_per_token
+                train_step, batch = compile_step(setup, phase, state, rows, shardings)
                 log.restart_clock()
 
             # a single training step; the next batch is read while the device is busy
-            train_step = train_steps[(step - phase.first_step) % len(train_steps)]
             state, values = train_step(state, batch)
             log.dispatched(step, values | about_batch(setup, tokens_per_step, waited, values))
             step += 1
@@ -394,22 +393,13 @@ def resume_micro_batches(setup: Setup, loop_state: dict) -> None:
         setup.accumulation = saved["accumulation"]
 
 
-def compile_phase(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):
-    """(compiled steps in their turns, batch) of a phase."""
-    while True:
-        accumulation = setup.accumulation
-        steps = [compile_step(setup, objective, state, rows, shardings) for objective in phase.turns]
-        if setup.accumulation == accumulation:
-            return steps, place(setup, rows)
-
-
-def compile_step(setup: Setup, objective, state: TrainState, rows: dict, shardings: TrainState):
-    """The compiled step of an objective.
+def compile_step(setup: Setup, phase: Phase, state: TrainState, rows: dict, shardings: TrainState):
+    """(compiled step, batch) of a phase.
 
     With `mc_auto_batch` micro-batches are halved, and the accumulation of the run doubled, until what the
     compiled step asks for fits the device.
     """
-    mesh, opts = setup.mesh, setup.config.mc
+    objective, mesh, opts = phase.objective, setup.mesh, setup.config.mc
     jitted = make_train_step(
         objective.loss,
         setup.optimizer,
@@ -431,7 +421,7 @@ def compile_step(setup: Setup, objective, state: TrainState, rows: dict, shardin
             f"{setup.accumulation} micro-batch(es), {format_quantity(needed, 'B')} per device."
         )
         if needed <= limit:
-            return compiled
+            return compiled, batch
         micro = batch["inputs"].shape[1] // meshes.batch_shards(mesh)
         if micro < 2:
             raise UserError(

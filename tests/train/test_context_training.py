@@ -385,7 +385,7 @@ class Step(dict):
 
 @pytest.fixture
 def on_a_small_device(monkeypatch):
-    def fit(memory: float, turns: int = 1, **mc) -> tuple[int, int]:
+    def fit(memory: float, **mc) -> tuple[int, int]:
         """(rows of a micro-batch, micro-batches) of 8 rows on a device of so many bytes."""
         monkeypatch.setattr(loop.hardware, "memory_bytes", lambda: memory)
         monkeypatch.setattr(loop.hardware, "compiled_memory", lambda rows: rows)
@@ -393,11 +393,9 @@ def on_a_small_device(monkeypatch):
         config = Config(mc=MegaContextConfig(**mc))
         mesh = meshes.make_mesh(1, 1, 1, devices=jax.local_devices()[:1])
         setup_ = SimpleNamespace(config=config, mesh=mesh, accumulation=1, optimizer=None)
-        objective = SimpleNamespace(loss=None, summarise=None)
-        phase = loop.Phase(0, objective, beside=objective if turns == 2 else None)
+        phase = loop.Phase(0, SimpleNamespace(loss=None, summarise=None))
         rows = {name: jnp.zeros((8, 4), jnp.int32) for name in ("inputs", "targets")}
-        steps, batch = loop.compile_phase(setup_, phase, None, rows, None)
-        assert steps == [batch["inputs"].shape[1]] * turns  # the mock compiles to its rows
+        _, batch = loop.compile_step(setup_, phase, None, rows, None)
         assert batch["inputs"].shape == batch["targets"].shape
         assert batch["inputs"].shape[0] == setup_.accumulation
         return batch["inputs"].shape[1], setup_.accumulation
@@ -412,7 +410,6 @@ def test_micro_batches_halve_until_they_fit(on_a_small_device, capsys):
     assert on_a_small_device(2.6) == (2, 4)
     assert capsys.readouterr().out.count("micro-batches of 4 rows") == 2
     assert on_a_small_device(5.0, mc_auto_batch_safety=2.0) == (2, 4)
-    assert on_a_small_device(5.0, turns=2) == (4, 2)  # both steps have the rows that fit
     assert on_a_small_device(5.0, mc_auto_batch=False) == (8, 1)
 
 
