@@ -140,7 +140,7 @@ class ChatLoop:
     def _load(self, name: str) -> None:
         if not name:
             raise UserError("/load needs the name of a file.")
-        count = self.session.add_document(read_text(Path(name).expanduser()))
+        count = self.session.add_file(Path(name).expanduser())
         self._read_history()
         self._note(f"Read {name}: {count:,} tokens. Ask about it.")
 
@@ -218,16 +218,6 @@ class ChatLoop:
 
     def _note(self, text: str) -> None:
         print(paint(text, "dim", self._notes), file=self._notes, flush=True)
-
-
-def read_text(path: Path) -> str:
-    """A file as text; UserError if it cannot be read or is none."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it first.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read {path} ({error.strerror}).") from None
 
 
 def focus_lines(session: Session) -> list[str]:

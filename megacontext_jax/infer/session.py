@@ -2,7 +2,7 @@
 
     chat = load_chat(config)
     with chat.new_session() as session:           # or chat.open_session(folder)
-        session.add_document(book)                # any length
+        session.add_file("book.txt")              # any length
         session.add_message("Who lives in Riga?")
         for event in session.answer(max_tokens=100, temperature=0.0): ...
 
@@ -24,6 +24,7 @@ from megacontext_jax.files import atomic_path, write_bytes
 from megacontext_jax.infer.engine import NO_TOKEN, Draw, Engine, Event, State, new_state
 from megacontext_jax.infer.memory import Memory, Tick, check_fits
 from megacontext_jax.infer.model import Region
+from megacontext_jax.infer.text import read_text
 
 APPEND = 4096  # tokens of a long text that are acknowledged at a time
 SMALL = 1 << 20  # bytes of a memory that are written after every answer
@@ -101,6 +102,10 @@ class Session:
         ids = [*self._opening(), *self.tokenizer.encode(text), *self.tokenizer.encode("\n")]
         self.append(ids)
         return len(ids)
+
+    def add_file(self, path: Path | str) -> int:
+        """As `add_document`, with the text of a file. UserError if it cannot be read or is not UTF-8."""
+        return self.add_document(read_text(Path(path)))
 
     def add_message(self, text: str) -> None:
         """The user's message, up to where the assistant speaks. Text is never taken for markup."""

@@ -1,7 +1,10 @@
-"""From tokens to text: as they come, and as the answer of a finished row."""
+"""Text: of tokens as they come, of the answer of a finished row, of a file."""
 
 import codecs
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megacontext_jax.errors import UserError
 
 TOOL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 
@@ -52,3 +55,13 @@ def _spoken(tokens: Iterable[int], tokenizer) -> Sequence[int]:
         elif not inside:
             spoken.append(token)
     return spoken
+
+
+def read_text(path: Path) -> str:
+    """A file as text; UserError if it cannot be read or is none."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start:,}); convert it first.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path} ({error.strerror}).") from None
