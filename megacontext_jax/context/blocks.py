@@ -25,12 +25,24 @@ def init_linear(key, out: int, inner: int, scale: float = 1.0) -> dict:
     return {"weight": weight, "bias": jnp.zeros(out)}
 
 
-def run_blocks(layers: dict, cfg: GPTConfig, x_BTC, rope, attention):
-    """All layers; `attention(q_BTHD, k_BTHD, v_BTHD)` decides who sees whom."""
+def unstack(layers: dict) -> tuple[dict, ...]:
+    """Stacked layers as `run_blocks` reads them fastest where it runs on few rows: one dict each, the matrices (in, out).
+
+    A slice of a stack would be copied at every call.
+    """
+    return tuple({name: w[i].T for name, w in layers.items()} for i in range(len(layers["c_q"])))
+
+
+def run_blocks(layers: dict | tuple[dict, ...], cfg: GPTConfig, x_BTC, rope, attention):
+    """All layers, stacked or from `unstack`; `attention(q_BTHD, k_BTHD, v_BTHD)` decides who sees whom."""
 
     def block(x_BTC, layer):
         return close_block(layer, x_BTC, attention(*qkv(layer, cfg, x_BTC, rope))), None
 
+    if isinstance(layers, tuple):
+        for layer in layers:
+            x_BTC, _ = block(x_BTC, {name: w.T for name, w in layer.items()})
+        return x_BTC
     return jax.lax.scan(block, x_BTC, layers, unroll=True)[0]
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from megacontext_jax.context.blocks import init_blocks, init_linear, run_blocks, span_attention
+from megacontext_jax.context.blocks import init_blocks, init_linear, run_blocks, span_attention, unstack
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.gpt import linear, rms_norm, rope_table
@@ -83,8 +83,14 @@ def _own_channels(places: int, channels: int):
     return math.sqrt(places) * own.astype(jnp.float32)
 
 
+@jax.jit
+def prepare(params: dict) -> dict:
+    """The parameters as `encode` reads them fastest one block at a time: for inference."""
+    return params | {"h": unstack(params["h"])} if "h" in params else params
+
+
 def encode(params: dict, cfg: GistConfig, x_NKC):
-    """Gists [N, C] of blocks [N, K, C], in the dtype of the blocks."""
+    """Gists [N, C] of blocks [N, K, C], in the dtype of the blocks; `params` as trained, or from `prepare`."""
     places_KC = params["places"].astype(x_NKC.dtype) if "places" in params else 1.0
     mean_NC = jnp.mean(places_KC * x_NKC, axis=1)
     pooled_NC = mean_NC if cfg.kind == "mean" else _pool(params, cfg, x_NKC)

@@ -172,9 +172,11 @@ def tree_options(objective: ContextObjective, params: dict, levels: int) -> dict
         e_NKC = gpt.embed(params, ids_n, objective.base.dtype).reshape(-1, block, width)
         return gpt.smear(params, e_NKC, gpt.shift_right(e_NKC)).reshape(-1, width)
 
+    prepared = gistnet.prepare(params["gistnet"])
+
     @jax.jit
-    def encode(params, x_NKC):
-        gists_NC = gistnet.encode(params["gistnet"], objective.context.gist, x_NKC.astype(aux))
+    def encode(prepared, x_NKC):
+        gists_NC = gistnet.encode(prepared, objective.context.gist, x_NKC.astype(aux))
         return gists_NC.astype(objective.base.dtype).astype("float32")
 
     return {
@@ -183,7 +185,7 @@ def tree_options(objective: ContextObjective, params: dict, levels: int) -> dict
         "gistnet": digest(params, ("gistnet", "wte", "smear_gate", "smear_lambda")),  # what makes its gists
         "max_levels": levels,
         "embed": lambda ids_n: embed(params, ids_n.astype(np.int32)),
-        "encode": lambda x_NKC: encode(params, x_NKC),
+        "encode": lambda x_NKC: encode(prepared, x_NKC),
     }
 
 

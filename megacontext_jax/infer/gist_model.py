@@ -256,7 +256,7 @@ def gist_model(params: Any, objective: GistRows) -> Model:
     """A model with gist attention ready to generate; `params` is the training pytree."""
     alone = replace(objective, base=replace(objective.base, mesh=None))
     prepared = prepare_params(params, objective.base.dtype)
-    return Model(GistDecoder(alone), prepared | {"gistnet": params["gistnet"]})
+    return Model(GistDecoder(alone), prepared | {"gistnet": gistnet.prepare(params["gistnet"])})
 
 
 def _at(rows_BrC, place_B):
