@@ -20,7 +20,7 @@ from megacontext_jax import mesh as meshes
 from megacontext_jax.context import forecast, gistnet
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.positions import gaussian_rope, span_centres
-from megacontext_jax.context.tree import build_levels, encoder
+from megacontext_jax.context.tree import gist_levels
 from megacontext_jax.model import gpt, loss
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective
@@ -44,15 +44,10 @@ class GistRows:
         return self.base.init(key) | {"gistnet": gist_params}
 
     def rows(self, params, ids_BT) -> tuple[jax.Array, ...]:
-        """Level tables of a batch: tokens as they enter, smeared, then gists of these.
-
-        So the first token of a block knows the one before, and of a name and its value in two blocks the pair is kept.
-        """
+        """Level tables of a batch: embeddings, then gists."""
         e_BTC = self.base.place(gpt.embed(params, ids_BT, self.base.dtype))
-        x_BTC = gpt.smear(params, e_BTC, gpt.shift_right(e_BTC))
-        encode = encoder(params, self.gist)
-        tables = build_levels(encode, x_BTC, self.gist.block, self.cfg.gist_levels)
-        empty_B0C = x_BTC[:, :0]
+        tables = gist_levels(params, self.gist, self.cfg.gist_levels, e_BTC)
+        empty_B0C = e_BTC[:, :0]
         return tables + (empty_B0C,) * (self.cfg.gist_levels + 1 - len(tables))
 
     def hidden(self, params, ids_BT, tables=None):
@@ -137,7 +132,9 @@ class GistRows:
 
 def row_entries(params, cfg: GPTConfig, tables: tuple, ids_BT) -> gpt.Entries:
     """What enters the transformer: tokens as ever, then the gists of each level. Gists have no value embeddings."""
-    x_BRC = jnp.concatenate(tables, axis=1)
+    e_BTC, *gists = tables
+    tokens = gpt.smear(params, e_BTC, gpt.shift_right(e_BTC))
+    x_BRC = jnp.concatenate([tokens, *gists], axis=1)
     values = gpt.value_params(params, ids_BT, x_BRC.dtype)
     if values:
         more = x_BRC.shape[1] - ids_BT.shape[1]

@@ -32,23 +32,14 @@ def gist_levels(params, cfg: GistConfig, levels: int, e_BTC, dtype=None) -> tupl
 
     Inside its block a token is smeared as in the model; a gist depends on the tokens of its block alone.
     """
-    return build_levels(
-        encoder(params, cfg, dtype),
-        e_BTC,
-        cfg.block,
-        levels,
-        lambda x_NKC: gpt.smear(params, x_NKC, gpt.shift_right(x_NKC)),
-    )
-
-
-def encoder(params, cfg: GistConfig, dtype=None):
-    """Blocks [N, K, C] to gists [N, C] by the GistNet of the parameters, which runs in `dtype`."""
 
     def encode(x_NKC):
         gist_NC = gistnet.encode(params["gistnet"], cfg, x_NKC.astype(dtype or x_NKC.dtype))
         return gist_NC.astype(x_NKC.dtype)
 
-    return encode
+    return build_levels(
+        encode, e_BTC, cfg.block, levels, lambda x_NKC: gpt.smear(params, x_NKC, gpt.shift_right(x_NKC))
+    )
 
 
 def gather(tables: tuple, layout: Layout):
