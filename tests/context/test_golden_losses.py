@@ -146,7 +146,9 @@ def test_statistics(z, windows, pairs):
     rows, _, target_PW, _ = pairs
     *_, agrees_P, supervised_P = losses_of(AS_RUN, windows, pairs)
     score_RW = jnp.asarray(windows[2])
-    stats = lens_statistics(0.0, score_RW, score_RW[rows], target_PW, agrees_P, supervised_P)
+    score_PW = score_RW[rows]
+    of_pairs = score_PW[None, :, None], jnp.asarray(target_PW)[None, :, None]  # [B, N, M, W]
+    stats = lens_statistics(0.0, score_RW, *of_pairs, agrees_P, supervised_P)
     near(stats["agreeing"] / stats["pairs"], z["preference_agreement"])
     near(stats["span_corr"], z["span_score_corr"], LOSSES)
     near(stats["score_abs"], z["policy_stats_abs_std"][0], LOSSES)

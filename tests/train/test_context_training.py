@@ -427,7 +427,7 @@ def test_a_run_whose_micro_batches_were_halved_continues_with_these(here, monkey
     needed = iter([math.inf])
     monkeypatch.setattr(loop.hardware, "compiled_memory", lambda compiled: next(needed, 0))
     assert not base_train.main(words)
-    assert capsys.readouterr().out.count("1 rows in 4 micro-batch(es)") == 3
+    assert capsys.readouterr().out.count("1 rows in 4 micro-batch(es)") == 2  # in either phase
     curve = losses(here, "megacontext_base_halved")
     shutil.rmtree(here / "artifacts/megacontext_base_halved/000004")
     assert not base_train.main(words)
