@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     if config.bench.bench_tokens < 64:
         raise UserError(f"--bench-tokens {config.bench.bench_tokens} must be at least 64, two refocuses.")
     runtime.start(config.run)
-    trained = any(word.split("=")[0] in ("-i", "--source", "-g", "--tag", "--model-tag") for word in argv)
+    trained = bool(config.given & {"eval.source", "run.tag"})
     chats = [load_chat(config)] if trained else random_chats(config)
     print(f"{hardware.cpu_model()}, {hardware.usable_cpus()} cores; {config.bench.bench_tokens} tokens each")
     for chat in chats:

@@ -25,16 +25,8 @@ def init_linear(key, out: int, inner: int, scale: float = 1.0) -> dict:
     return {"weight": weight, "bias": jnp.zeros(out)}
 
 
-def unstack(layers: dict) -> tuple[dict, ...]:
-    """Stacked layers as `run_blocks` reads them fastest where it runs on few rows: one dict each, the matrices (in, out).
-
-    A slice of a stack would be copied at every call.
-    """
-    return tuple({name: w[i].T for name, w in layers.items()} for i in range(len(layers["c_q"])))
-
-
 def run_blocks(layers: dict | tuple[dict, ...], cfg: GPTConfig, x_BTC, rope, attention):
-    """All layers, stacked or from `unstack`; `attention(q_BTHD, k_BTHD, v_BTHD)` decides who sees whom."""
+    """All layers, stacked or from `decode.unstack`; `attention(q_BTHD, k_BTHD, v_BTHD)` decides who sees whom."""
 
     def block(x_BTC, layer):
         return close_block(layer, x_BTC, attention(*qkv(layer, cfg, x_BTC, rope))), None

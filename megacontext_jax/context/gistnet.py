@@ -12,9 +12,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from megacontext_jax.context.blocks import init_blocks, init_linear, run_blocks, span_attention, unstack
+from megacontext_jax.context.blocks import init_blocks, init_linear, run_blocks, span_attention
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.decode import unstack
 from megacontext_jax.model.gpt import linear, rms_norm, rope_table
 
 KINDS, POOLINGS, HEADS = ("transformer", "mean"), ("mean", "query", "cls"), ("linear", "mlp", "none")

@@ -34,7 +34,7 @@ def test_rows_ask_for_the_values_of_a_ledger():
         text = TOK.decode(ids.tolist())
         statement = text[text.rindex("Ledger:") : text.rindex(" Again:")]
         answer = text[text.rindex(" Again:") : -1]
-        assert all(f"{pair}" in statement for pair in answer.removeprefix(" Again: ").split("; ")[:-1])
+        assert all(pair in statement for pair in answer.removeprefix(" Again: ").split("; ")[:-1])
     again, _ = ledgers.make_rows(TOK, T, 4, H, seed=0)
     np.testing.assert_array_equal(rows["inputs"], again["inputs"])
 
