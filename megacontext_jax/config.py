@@ -100,6 +100,9 @@ class ModelConfig:
         "", "S (short window) and L (long) over the layers; empty = the architecture's"
     )
     softcap: float = option(0.0, "cap of the logits; 0 = the architecture's")
+    rope_share: float = option(
+        1.0, "share of the channels that turn with the position; what is far is found by the others"
+    )
     attention: str = option(
         "",
         "who sees whom: dense, sliding or gist; empty = as the model was trained, dense for a new one",
@@ -111,6 +114,11 @@ class ModelConfig:
     gist_positions: str = option(
         "gaussian",
         "gist attention: gaussian (phases damped by the span) or plain; rank belongs to --mc --positional-type",
+    )
+    gist_gap: int = option(
+        0,
+        "gist attention, training: longest gap put between near and far rows, so that far gists are seen at every distance; "
+        "0 = none",
     )
     gist_site: str = option("kv", "kv: gists in every layer; embedding is refused, --mc trains such gists")
 
@@ -195,6 +203,11 @@ class MegaContextConfig:
     mc_gist_token_weight: float = option(0.0, "weight of what gists predict, beside raw tokens")
     mc_gist_regression_weight: float = option(
         0.02, "weight of forecasts of the next gist (also with --attention gist)"
+    )
+    mc_forecast: str = option(
+        "expected",
+        "how the next gist is forecast: the embedding that the next-token distribution expects, or a projection of its own",
+        choices=("expected", "direct"),
     )
     mc_lens_loss_weight: float = option(0.1, "weight of LensNet's loss")
     mc_lens_rank_weight: float = option(0.5, "lens: expansions above collapses")

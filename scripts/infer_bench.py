@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
         print(
             f"{'history':>10} {'read/s':>9} {'first':>9} {'p50':>9} {'p99':>9} {'mean':>9} {'tokens/s':>9} {'device':>10} {'plain':>7}"
         )
+        chat.memory().warm_up()
         timed, lengths_here = config.bench.bench_tokens, sorted(set(lengths))
         if chat.kind == "plain":
             timed, longest = plain_plan(chat, timed)

@@ -9,7 +9,8 @@
 Trains its own tiny models, a learned GistNet and mean pooling for each kind of task, then asks the same questions
 under every column: the full context, a sliding window of equal budget, mean gists, learned gists, and learned
 gists of which each lens has some expanded. With --attention gist it trains models that see nothing but their own block
-as tokens, everything before as gists in every layer, and models with a sliding window of equal budget. With -i (and -g, -s) nothing is
+as tokens, everything before as gists in every layer, and models with a sliding window of equal budget; _gap is the accuracy
+with a million tokens between what was said and what is asked (--gist-gap N trains for that). With -i (and -g, -s) nothing is
 trained: a ledger of 24 pairs stands in a row of the model's own length and is asked again at the end, under the same columns with
 --mc, otherwise under the model's own attention. Writes artifacts/report/long_context.json:
 {task: {column: accuracy, "chance": y}}. An interrupted run goes on after the last finished task.
@@ -34,7 +35,9 @@ def main(argv: list[str]) -> None:
     from megacontext_jax.eval.longcontext import suite
     from megacontext_jax.eval.longcontext.models import Size
 
-    size = replace(Size(), steps=config.eval.suite_steps)
+    size = replace(
+        Size(), steps=config.eval.suite_steps, gap=config.model.gist_gap, rope_share=config.model.rope_share
+    )
     tasks = suite.choose(config.eval.tasks)
     run = suite.run_rows if config.model.attention == "gist" else suite.run
     results = run(tasks, size, config.run.seed, report_dir())

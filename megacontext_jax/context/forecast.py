@@ -1,4 +1,4 @@
-"""MegaPrediction: the head that predicts the next token also forecasts the next gist."""
+"""MegaPrediction: the final activations of a gist forecast the next gist, through the head that predicts tokens or directly."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,12 @@ def level_weight(level):
 def forecast_loss(params, cfg: GPTConfig, h_RPC, target_RPC):
     """1 - cosine [R, P] between the gists that final activations of gists forecast and those that came.
 
-    The forecast is the embedding that the next-token distribution expects; targets get no gradient.
+    The forecast is the embedding that the next-token distribution expects or, where GistNet brings one (`GistConfig.forecast`),
+    a projection of its own; targets get no gradient.
     """
+    if "forecast" in params["gistnet"]:
+        forecast_RPC = gpt.linear(h_RPC, params["gistnet"]["forecast"])
+        return 1 - cosine(forecast_RPC, jax.lax.stop_gradient(target_RPC))
     logits_RPV = loss.capped_logits(h_RPC, params["lm_head"], cfg.logit_cap, cfg.vocab_size)
     embedding_VC = gpt.rms_norm(params["wte"][: cfg.vocab_size].astype(h_RPC.dtype))
     expected_RPC = jax.nn.softmax(logits_RPV).astype(h_RPC.dtype) @ embedding_VC

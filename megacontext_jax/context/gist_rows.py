@@ -7,7 +7,7 @@ norms are the model's own. Who sees whom is `GistSpec`. Shape suffixes: B sequen
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from megacontext_jax import mesh as meshes
 from megacontext_jax.context import forecast, gistnet
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.positions import gaussian_rope, span_centres
-from megacontext_jax.context.tree import gist_levels
+from megacontext_jax.context.tree import build_levels
 from megacontext_jax.model import gpt, loss
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective
@@ -34,6 +34,7 @@ class GistRows:
     gist: GistConfig
     regression_weight: float = 0.02  # of forecasts of the next gist
     implementation: str | None = None  # of gist attention
+    longest_gap: int = 0  # in training, see `gaps`; 0: none
 
     @property
     def cfg(self) -> GPTConfig:
@@ -44,17 +45,22 @@ class GistRows:
         return self.base.init(key) | {"gistnet": gist_params}
 
     def rows(self, params, ids_BT) -> tuple[jax.Array, ...]:
-        """Level tables of a batch: embeddings, then gists."""
+        """Level tables of a batch: tokens as they enter the transformer, then gists.
+
+        Smeared over the ends of blocks too: what a block's end parts is still found together in the gist behind it.
+        """
         e_BTC = self.base.place(gpt.embed(params, ids_BT, self.base.dtype))
-        tables = gist_levels(params, self.gist, self.cfg.gist_levels, e_BTC)
-        empty_B0C = e_BTC[:, :0]
+        x_BTC = gpt.smear(params, e_BTC, gpt.shift_right(e_BTC))
+        encode = partial(gistnet.encode, params["gistnet"], self.gist)
+        tables = build_levels(encode, x_BTC, self.gist.block, self.cfg.gist_levels)
+        empty_B0C = x_BTC[:, :0]
         return tables + (empty_B0C,) * (self.cfg.gist_levels + 1 - len(tables))
 
-    def hidden(self, params, ids_BT, tables=None):
-        """Final normed activations per level, [B, T // r^l, C] each."""
+    def hidden(self, params, ids_BT, tables=None, gap_BR=None):
+        """Final normed activations per level, [B, T // r^l, C] each; `gap_BR` as in `gaps`."""
         tables = self.rows(params, ids_BT) if tables is None else tables
         sizes = self.cfg.gist_spec.rows(ids_BT.shape[1])
-        entries = row_entries(params, self.cfg, tables, ids_BT)
+        entries = row_entries(params, self.cfg, tables, ids_BT, gap_BR)
         attention = row_attention(self.cfg.gist_spec, sizes, self.implementation, self.base.mesh)
         x_BRC = self.base.trunk(params, entries._replace(x_BTC=self.base.place(entries.x_BTC)), attention)
         return split_levels(x_BRC, sizes)
@@ -68,7 +74,8 @@ class GistRows:
         """(summed loss, (weight, statistics)) as in `Objective`."""
         targets_BT = batch["targets"]
         tables = self.rows(params, batch["inputs"])
-        hidden = self.hidden(params, batch["inputs"], tables)
+        gap_BR = gaps(self.cfg, *targets_BT.shape, self.longest_gap, jax.random.fold_in(key, 1))
+        hidden = self.hidden(params, batch["inputs"], tables, gap_BR)
         weight = (targets_BT >= 0).sum().astype(jnp.float32)
         nats = self.base.nats(loss.nll_sum, params, hidden[0], targets_BT)
         if not self.regression_weight or all(x.shape[1] < 2 for x in hidden[1:]):
@@ -130,24 +137,45 @@ class GistRows:
         return layers * sum(rows) + head + attention + gists + forecasts
 
 
-def row_entries(params, cfg: GPTConfig, tables: tuple, ids_BT) -> gpt.Entries:
+def gaps(cfg: GPTConfig, batch: int, tokens: int, longest: int, key):
+    """int32 [B, R], added to the places of rows: a random gap, up to `longest` tokens, at a boundary of the top level.
+
+    So that far gists are seen in training at every distance that they have in use. Lengths are uniform in their logarithm. None
+    without a boundary or a gap.
+    """
+    span = cfg.gist_block**cfg.gist_levels
+    if not longest or tokens <= span:
+        return None
+    where, length = jax.random.split(key)
+    boundary_B1 = span * jax.random.randint(where, (batch, 1), 1, (tokens - 1) // span + 1)
+    gap_B1 = jnp.exp(jax.random.uniform(length, (batch, 1), maxval=np.log(longest))).astype(jnp.int32)
+    return gap_at(cfg, tokens, boundary_B1, gap_B1)
+
+
+def gap_at(cfg: GPTConfig, tokens: int, boundary_B1, gap_B1):
+    """int32 [B, R]: the gap, for rows of all levels that begin at the boundary or behind it."""
+    spec = cfg.gist_spec
+    start_R = np.concatenate([np.arange(n) * spec.block**level for level, n in enumerate(spec.rows(tokens))])
+    return jnp.where(start_R >= boundary_B1, gap_B1, 0)
+
+
+def row_entries(params, cfg: GPTConfig, tables: tuple, ids_BT, gap_BR=None) -> gpt.Entries:
     """What enters the transformer: tokens as ever, then the gists of each level. Gists have no value embeddings."""
-    e_BTC, *gists = tables
-    tokens = gpt.smear(params, e_BTC, gpt.shift_right(e_BTC))
-    x_BRC = jnp.concatenate([tokens, *gists], axis=1)
+    x_BRC = jnp.concatenate(tables, axis=1)
     values = gpt.value_params(params, ids_BT, x_BRC.dtype)
     if values:
         more = x_BRC.shape[1] - ids_BT.shape[1]
         values["rows"] = jnp.pad(values["rows"], ((0, 0), (0, 0), (0, more), (0, 0)))
-    return gpt.Entries(x_BRC, row_rope(cfg, [x.shape[1] for x in tables], x_BRC.dtype), values)
+    return gpt.Entries(x_BRC, row_rope(cfg, [x.shape[1] for x in tables], x_BRC.dtype, gap_BR), values)
 
 
-def row_rope(cfg: GPTConfig, sizes, dtype):
-    """cos and sin [R, D/2] of rows 0, 1, ... of every level: those of tokens are the dense model's."""
+def row_rope(cfg: GPTConfig, sizes, dtype, gap_BR=None):
+    """cos and sin [R, D/2] of rows 0, 1, ... of every level, those of tokens are the dense model's; or [B, R, D/2] with gaps."""
     index_R = [np.arange(n) for n in sizes]
     mu_R, fraction_R = row_centres(cfg, index_R)
     sigma_R = np.concatenate([np.full(n, row_spread(cfg, level)) for level, n in enumerate(sizes)])
-    return gaussian_rope(cfg, mu_R, jnp.asarray(sigma_R, jnp.float32), dtype, fraction_R)
+    mu = mu_R if gap_BR is None else mu_R + gap_BR
+    return gaussian_rope(cfg, mu, jnp.asarray(sigma_R, jnp.float32), dtype, fraction_R)
 
 
 def row_centres(cfg: GPTConfig, index):

@@ -19,6 +19,7 @@ from megacontext_jax.model.decode import unstack
 from megacontext_jax.model.gpt import linear, rms_norm, rope_table
 
 KINDS, POOLINGS, HEADS = ("transformer", "mean"), ("mean", "query", "cls"), ("linear", "mlp", "none")
+FORECASTS = ("expected", "direct")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class GistConfig:
     head: str = "mlp"
     causal: bool = False
     residual: bool = True  # added to the mean, then normed; otherwise the projection alone
+    forecast: str = "expected"  # of the next gist: embedding that the head expects, or a direct projection
 
     def __post_init__(self):
         for what, value, known in (
             ("gistnet-type", self.kind, KINDS),
             ("gistnet-pooling", self.pooling, POOLINGS),
             ("gistnet-head", self.head, HEADS),
+            ("mc-forecast", self.forecast, FORECASTS),
         ):
             if value not in known:
                 raise UserError(f"--{what} does not take {value!r}; choose one of {', '.join(known)}.")
@@ -71,6 +74,8 @@ def init_gistnet(cfg: GistConfig, key) -> dict:
             "hidden": init_linear(keys[3], 2 * C, C),
             "out": init_linear(keys[2], C, 2 * C, last),
         }
+    if cfg.forecast == "direct":
+        params["forecast"] = jnp.eye(C)  # the next gist is like this one
     return params
 
 

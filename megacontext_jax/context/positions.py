@@ -11,6 +11,8 @@ from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.gpt import rope_frequencies, rope_table
 
+LONGEST = 1 << 25  # tokens of a history
+
 KINDS = {
     "gaussian": "centre of the span, frequencies damped by its length",
     "simple": "centre of the span, no damping",

@@ -9,6 +9,7 @@ from megacontext_jax.config import Config
 from megacontext_jax.context import setup
 from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.context.positions import LONGEST
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.objective import Objective, Phase
@@ -92,7 +93,10 @@ def phases(
 
 
 def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
-    return GistRows(base, gist, config.mc.mc_gist_regression_weight, implementation(config, base).name)
+    gap = config.model.gist_gap
+    if not 0 <= gap <= LONGEST:
+        raise UserError(f"--gist-gap {gap} must lie between 0 (none) and {LONGEST:,} tokens.")
+    return GistRows(base, gist, config.mc.mc_gist_regression_weight, implementation(config, base).name, gap)
 
 
 def implementation(config: Config, base: Objective) -> Chosen:

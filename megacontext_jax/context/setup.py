@@ -45,6 +45,7 @@ def gist_config(opts: MegaContextConfig, model: GPTConfig) -> GistConfig:
         kind=opts.gistnet_type,
         pooling=opts.gistnet_pooling,
         head="none" if opts.gistnet_type == "mean" else opts.gistnet_head,
+        forecast=opts.mc_forecast,
     )
 
 
@@ -93,7 +94,7 @@ def saved_options(meta: dict, mc: bool) -> dict:
     """The options, by name, that GistNet of a checkpoint was made with, and with `mc` its LensNet."""
     gist, context, found = saved_gist(meta), saved_context(meta) if mc else None, {}
     if gist:
-        found = {"block_size": gist.block, "gistnet_type": gist.kind}
+        found = {"block_size": gist.block, "gistnet_type": gist.kind, "mc_forecast": gist.forecast}
         if gist.kind != "mean":
             layers = {"gistnet_layers": gist.gpt.n_layer}
             found |= layers | {"gistnet_pooling": gist.pooling, "gistnet_head": gist.head}

@@ -30,7 +30,8 @@ def build_levels(encode, e_BTC, block: int, levels: int, prepare=lambda x_NKC: x
 def gist_levels(params, cfg: GistConfig, levels: int, e_BTC, dtype=None) -> tuple:
     """Level tables of normed embeddings by the GistNet of the parameters, which runs in `dtype`.
 
-    Inside its block a token is smeared as in the model; a gist depends on the tokens of its block alone.
+    Inside its block a token is smeared as in the model; a gist depends on the tokens of its block alone, so that an edit leaves
+    all others.
     """
 
     def encode(x_NKC):

@@ -16,6 +16,7 @@ import xxhash
 from megacontext_jax.context import gistnet
 from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.objective import ContextObjective
+from megacontext_jax.context.positions import LONGEST
 from megacontext_jax.context.store import create_store, open_store
 from megacontext_jax.errors import UserError
 from megacontext_jax.files import remove_stale_scratch, scratch_path
@@ -23,7 +24,7 @@ from megacontext_jax.infer.engine import Engine
 from megacontext_jax.infer.focus_memory import FocusMemory
 from megacontext_jax.infer.focus_programs import FocusConfig
 from megacontext_jax.infer.gist_model import GistDecoder
-from megacontext_jax.infer.memory import LONGEST, Memory, TokenMemory
+from megacontext_jax.infer.memory import Memory, TokenMemory
 from megacontext_jax.infer.model import Model
 from megacontext_jax.infer.session import ABOUT, TREE, About, Session
 from megacontext_jax.model import gpt

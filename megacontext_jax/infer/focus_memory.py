@@ -16,15 +16,13 @@ import numpy as np
 
 from megacontext_jax.context.allocator import AllocatorConfig, EditStats, Focus
 from megacontext_jax.context.layout import tapered_layout
+from megacontext_jax.context.positions import LONGEST
 from megacontext_jax.context.store import TreeStore
 from megacontext_jax.infer import focus_programs as programs
 from megacontext_jax.infer.focus_programs import FocusConfig, Piece
-from megacontext_jax.infer.memory import LONGEST, is_alive, padded_to
+from megacontext_jax.infer.memory import is_alive, padded_to
 from megacontext_jax.infer.model import Model, Region
 from megacontext_jax.infer.occurrences import Occurrences
-
-# entries whose keys are computed at a time, compiled once each
-PIECES = (32, 64, 96, 128, 192, 256, 384, 512)
 
 Watch = Callable[[str, dict[str, Any]], None]  # an event's name and fields, see telemetry.names.SPANS
 
@@ -65,6 +63,12 @@ class FocusMemory:
         self._ready = 0  # leading entries whose keys the cache holds
 
     # --- what a session calls ---
+
+    def warm_up(self) -> None:
+        for size in self.cfg.pieces:
+            piece, end_1 = programs.any_piece(self.cfg, size), np.ones(1, np.int32)
+            self.logits_1V, self.cache = programs.extend(self._params, piece, end_1, self.cache, cfg=self.cfg)
+        self.reset()
 
     def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
@@ -293,9 +297,8 @@ class FocusMemory:
             "kv_cache", {"reason": why, "kept": first, "recomputed": count - first, "wc_length": count}
         )
         self.cache = self.cache._replace(length_B=jnp.array([first], jnp.int32))
-        sizes = (*(s for s in PIECES if s < self.cfg.places), min(PIECES[-1], self.cfg.places))
         while first < count:
-            size = padded_to(count - first, sizes)
+            size = padded_to(count - first, self.cfg.pieces)
             stop = min(count, first + size)
             piece = self._piece(tree, first, stop, size)
             end = (int(self._node[stop - 1]) + 1) * self.cfg.block ** int(self._level[stop - 1])

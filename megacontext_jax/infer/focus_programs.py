@@ -20,6 +20,9 @@ from megacontext_jax.infer.model import GPTDecoder
 from megacontext_jax.model import decode, gpt
 from megacontext_jax.model.gpt import Entries
 
+# entries whose keys are computed at a time, compiled once each
+PIECES = (32, 64, 96, 128, 192, 256, 384, 512)
+
 
 @dataclass(frozen=True)
 class FocusConfig:
@@ -49,6 +52,11 @@ class FocusConfig:
         """Slots of the cache: the budget, and what may be appended before the next refocus."""
         return self.budget + max(32, self.interval) + 32
 
+    @cached_property
+    def pieces(self) -> tuple[int, ...]:
+        """Sizes of the pieces in which keys are computed."""
+        return *(s for s in PIECES if s < self.places), min(PIECES[-1], self.places)
+
 
 class Piece(NamedTuple):
     """Entries of one context side by side, right-padded, with all that the model reads of them."""
@@ -64,6 +72,13 @@ class Piece(NamedTuple):
     def layout(self) -> Layout:
         valid_1T = jnp.arange(self.level_1T.shape[1]) < self.count_1[:, None]
         return Layout(jnp.asarray(self.level_1T), jnp.asarray(self.node_1T), valid_1T)
+
+
+def any_piece(cfg: FocusConfig, size: int) -> Piece:
+    """One token in a piece of this size, to compile with."""
+    zeros_1T = np.zeros((1, size), np.int32)
+    gists_1TC = np.zeros((1, size, cfg.objective.cfg.n_embd), np.float32)
+    return Piece(zeros_1T, zeros_1T, zeros_1T, zeros_1T - 1, gists_1TC, np.ones(1, np.int32))
 
 
 def _rows(params, piece: Piece, dtype):

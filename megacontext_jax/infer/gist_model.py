@@ -37,9 +37,8 @@ class RowCache(NamedTuple):
     """What a sequence leaves behind for the tokens to come."""
 
     layers: tuple[GistCache, ...]
-    blocks: tuple[
-        jax.Array, ...
-    ]  # per level below the last: embeddings [B, r, C] of the block that is filling
+    blocks: tuple[jax.Array, ...]  # per level below the last: rows [B, r, C] of the block that is filling
+    last_BC: jax.Array  # embedding of the last token, for the smear; zeros before the first
     length_B: jax.Array  # tokens seen
 
 
@@ -72,6 +71,7 @@ class GistDecoder:
         return RowCache(
             tuple(layer() for _ in range(cfg.n_layer)),
             tuple(jnp.zeros(shape, self.dtype) for _ in range(cfg.gist_levels)),
+            jnp.zeros((batch, cfg.n_embd), self.dtype),
             jnp.zeros(batch, jnp.int32),
         )
 
@@ -102,16 +102,16 @@ class GistDecoder:
             self._filling(table_BSC, length_B // cfg.gist_block**level)
             for level, table_BSC in enumerate(tables[:-1])
         )
-        return decode.head_logits(params, cfg, x_B1C, kept_B1C), RowCache(tuple(layers), blocks, length_B)
+        last_BC = gpt.embed(params, jnp.take_along_axis(ids_BT, last_B11[..., 0], axis=1)[:, 0], self.dtype)
+        logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
+        return logits_BV, RowCache(tuple(layers), blocks, last_BC, length_B)
 
     def _filling(self, table_BSC, rows_B):
-        """The newest rows of a level where a block of them [B, r, C] holds them."""
+        """The newest rows of a level that fill no block yet, at the beginning of one, [B, r, C]."""
         r = self.cfg.gist_block
         if table_BSC.shape[1] == 0:
             return jnp.zeros((table_BSC.shape[0], r, self.cfg.n_embd), self.dtype)
-        # the block of the newest row: also a full one, of which the smear still reads the last
-        first_B = (jnp.maximum(rows_B, 1) - 1) // r * r
-        index_Br = first_B[:, None] + jnp.arange(r)
+        index_Br = (rows_B // r * r)[:, None] + jnp.arange(r)
         return jnp.take_along_axis(table_BSC, index_Br[..., None], axis=1, mode="clip")
 
     def extend(self, params, ids_BT, count_B, cache: RowCache):
@@ -122,11 +122,11 @@ class GistDecoder:
         cfg, spec = self.cfg, self.cfg.gist_spec
         start_B, T = cache.length_B, ids_BT.shape[1]
         sizes = new_rows(spec, T)
-        tables, blocks = self._new_gists(params, ids_BT, count_B, cache, sizes)
-        before_BC = _at(cache.blocks[0], (start_B - 1) % cfg.gist_block)
-        before_BC = before_BC * (start_B > 0)[:, None].astype(self.dtype)
-        before_BTC = jnp.concatenate([before_BC[:, None], tables[0][:, :-1]], axis=1)
-        x_BRC = jnp.concatenate([gpt.smear(params, tables[0], before_BTC), *tables[1:]], axis=1)
+        e_BTC = gpt.embed(params, ids_BT, self.dtype)
+        before_BTC = jnp.concatenate([cache.last_BC[:, None], e_BTC[:, :-1]], axis=1)
+        x_BTC = gpt.smear(params, e_BTC, before_BTC)
+        tables, blocks = self._new_gists(params, x_BTC, count_B, cache, sizes)
+        x_BRC = jnp.concatenate(tables, axis=1)
         first = [start_B[:, None] // spec.block**level for level in range(spec.levels + 1)]
         index = [f + jnp.arange(n) for f, n in zip(first, sizes, strict=True)]
         mu_BR, fraction_R = row_centres(cfg, index)
@@ -145,9 +145,9 @@ class GistDecoder:
             x_BRC = gpt.close_block(layer, x_BRC, jnp.concatenate(attn, axis=1))
             kept_BRC = x_BRC if i == cfg.n_layer // 2 else kept_BRC
         last_B11 = (count_B - 1)[:, None, None]
-        x_B1C, kept_B1C = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BRC, kept_BRC))
+        x_B1C, kept_B1C, e_B1C = (jnp.take_along_axis(x, last_B11, axis=1) for x in (x_BRC, kept_BRC, e_BTC))
         logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
-        return logits_BV, RowCache(tuple(layers), blocks, start_B + count_B)
+        return logits_BV, RowCache(tuple(layers), blocks, e_B1C[:, 0], start_B + count_B)
 
     def regions(self, tokens: int) -> list[Region]:
         spec, found = self.cfg.gist_spec, []
@@ -157,13 +157,13 @@ class GistDecoder:
                 found.append(Region(level, first * span, stop * span, stop - first))
         return found
 
-    def _new_gists(self, params, ids_BT, count_B, cache: RowCache, sizes):
+    def _new_gists(self, params, x_BTC, count_B, cache: RowCache, sizes):
         """Per level the rows [B, n_l, C] that new tokens bring, from their first; and the blocks that are filling now.
 
         The children of a gist are new too, or stand in the block that was filling.
         """
         r, start_B = self.cfg.gist_block, cache.length_B
-        tables = [gpt.embed(params, ids_BT, self.dtype)]
+        tables = [x_BTC]
         blocks = []
         for level, old_BrC in enumerate(cache.blocks):
             below_BnC, span = tables[-1], r**level
@@ -181,8 +181,6 @@ class GistDecoder:
             n = sizes[level + 1]
             children_Bn = (start_B // (span * r))[:, None] * r + jnp.arange(n * r)
             full_NrC = pick(children_Bn).reshape(-1, r, below_BnC.shape[2])
-            if level == 0:
-                full_NrC = gpt.smear(params, full_NrC, gpt.shift_right(full_NrC))
             gist_NC = gistnet.encode(params["gistnet"], self.objective.gist, full_NrC)
             tables.append(gist_NC.reshape(-1, n, gist_NC.shape[1]))
         return tables, tuple(blocks)
@@ -191,16 +189,16 @@ class GistDecoder:
         cfg, r = self.cfg, self.cfg.gist_block
         position_B = cache.length_B
         e_BC = gpt.embed(params, ids_B, self.dtype)
-        before_BC = _at(cache.blocks[0], (position_B - 1) % r)
-        previous_BC = before_BC * (position_B > 0)[:, None].astype(self.dtype)
-        x_B1C = gpt.smear(params, e_BC, previous_BC)[:, None]
-        x_B1C, kept_B1C, layers = self._row(params, x_B1C, cache.layers, position_B, 0, ids_B[:, None])
+        x_BC = gpt.smear(params, e_BC, cache.last_BC)
+        x_B1C, kept_B1C, layers = self._row(
+            params, x_BC[:, None], cache.layers, position_B, 0, ids_B[:, None]
+        )
         logits_BV = decode.head_logits(params, cfg, x_B1C, kept_B1C)
-        blocks = (_put(cache.blocks[0], e_BC, position_B % r, True), *cache.blocks[1:])
+        blocks = (_put(cache.blocks[0], x_BC, position_B % r, True), *cache.blocks[1:])
         # true of any number; the caches are then read before they change, and XLA has no reason to copy them
         read = x_B1C[0, 0, 0] < jnp.inf
         layers, blocks = self._gist_rows(params, position_B, 1, layers, blocks, read)
-        return logits_BV, RowCache(layers, blocks, position_B + 1)
+        return logits_BV, RowCache(layers, blocks, e_BC, position_B + 1)
 
     def _gist_rows(self, params, position_B, level: int, layers, blocks, go=True):
         """The gists of level `level` and above that are complete with this token; most tokens complete none."""
@@ -222,8 +220,6 @@ class GistDecoder:
     def _gist_row(self, params, position_B, ends_B, level: int, layers, blocks):
         """The gist of the block that ends with this token, through all layers, where one ends."""
         r, full_BrC = self.cfg.gist_block, blocks[level - 1]
-        if level == 1:
-            full_BrC = gpt.smear(params, full_BrC, gpt.shift_right(full_BrC))
         gist_BC = gistnet.encode(params["gistnet"], self.objective.gist, full_BrC)
         _, _, layers = self._row(params, gist_BC[:, None], layers, position_B, level, None, ends_B)
         if level < self.cfg.gist_levels:
@@ -257,10 +253,6 @@ def gist_model(params: Any, objective: GistRows) -> Model:
     alone = replace(objective, base=replace(objective.base, mesh=None))
     prepared = prepare_params(params, objective.base.dtype)
     return Model(GistDecoder(alone), prepared | {"gistnet": gistnet.prepare(params["gistnet"])})
-
-
-def _at(rows_BrC, place_B):
-    return jnp.take_along_axis(rows_BrC, place_B[:, None, None], axis=1)[:, 0]
 
 
 def _put(rows_BrC, x_BC, place_B, write_B):

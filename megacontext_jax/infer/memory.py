@@ -18,8 +18,7 @@ from megacontext_jax.errors import UserError
 from megacontext_jax.infer.gist_model import GistDecoder
 from megacontext_jax.infer.model import Model, Region
 
-CHUNK = 256  # tokens that are read at a time
-LONGEST = 1 << 25  # tokens of a session
+PIECES = (16, 64, 256)  # tokens that are read at a time, compiled once each
 
 Tick = Callable[[int], None]  # told how many tokens have been read
 
@@ -35,6 +34,9 @@ class Memory(Protocol):
 
     def reset(self) -> None:
         """Forgets everything; the tree can be read again."""
+
+    def warm_up(self) -> None:
+        """Compiles what reading needs, before somebody waits for it; of a memory that has read nothing."""
 
     def catch_up(self, tree: TreeStore) -> Iterator[int]:
         """Reads what the tree has more than has been read, and refocuses, in pieces that take a moment each.
@@ -91,20 +93,27 @@ class TokenMemory:
         self.logits_1V = jnp.zeros((1, self.model.decoder.vocab_size), jnp.float32)
         self.tokens = 0
 
+    def warm_up(self) -> None:
+        for size in PIECES:
+            self._read(np.zeros(1, np.int32), size)
+        self.reset()
+
     def catch_up(self, tree: TreeStore) -> Iterator[int]:
         if not is_alive((self.cache, self.logits_1V)):
             self.reset()
         while self.tokens < len(tree):
-            ids_n = tree.tokens(self.tokens, min(len(tree), self.tokens + CHUNK))
-            size = padded_to(len(ids_n), (16, 64, CHUNK))
-            ids_1T = np.zeros((1, size), np.int32)
-            ids_1T[0, : len(ids_n)] = ids_n
-            count_1 = np.array([len(ids_n)], np.int32)
-            self.logits_1V, self.cache = _extend(
-                self.model.params, ids_1T, count_1, self.cache, decoder=self.model.decoder
-            )
-            self.tokens += len(ids_n)
+            ids_n = tree.tokens(self.tokens, min(len(tree), self.tokens + PIECES[-1]))
+            self._read(ids_n, padded_to(len(ids_n), PIECES))
             yield self.tokens
+
+    def _read(self, ids_n: np.ndarray, size: int) -> None:
+        ids_1T = np.zeros((1, size), np.int32)
+        ids_1T[0, : len(ids_n)] = ids_n
+        count_1 = np.array([len(ids_n)], np.int32)
+        self.logits_1V, self.cache = _extend(
+            self.model.params, ids_1T, count_1, self.cache, decoder=self.model.decoder
+        )
+        self.tokens += len(ids_n)
 
     def room(self) -> int:
         return max(1, self.capacity - self.tokens)

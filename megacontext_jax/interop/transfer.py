@@ -221,6 +221,11 @@ def export_checkpoint(
         raise UserError(
             f"{run} is of architecture {cfg.arch}, which PyTorch nanochat cannot express; nothing was written."
         )
+    if cfg.rope_share < 1:
+        raise UserError(
+            f"{run} has channels that do not turn with the position (--rope-share {cfg.rope_share}), which PyTorch nanochat "
+            "cannot express; nothing was written."
+        )
     if ranks < 1:
         raise UserError(f"--ranks {ranks} must be at least 1.")
     past = meta.get("nanochat", {})

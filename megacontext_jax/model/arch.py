@@ -129,6 +129,7 @@ class GPTConfig:
     n_embd: int = 768
     window_pattern: str = "L"  # S (short) and L (all) tiled over the layers
     softcap: float = 0.0  # 0: the architecture's
+    rope_share: float = 1.0  # of the channels, the fastest ones: these turn with the position, the others are alike everywhere
     attention: str = "dense"  # who sees whom: dense, or as below
     # the pattern of gist attention (`GistSpec`); sliding: as many tokens back as its queries see rows
     gist_block: int = 32
@@ -159,6 +160,8 @@ class GPTConfig:
             raise UserError(
                 f"--window-pattern {self.window_pattern!r} must be made of S (short window) and L (long), e.g. SSSL."
             )
+        if not 0 < self.rope_share <= 1:
+            raise UserError(f"--rope-share {self.rope_share} must lie in (0, 1].")
         if self.softcap < 0:
             raise UserError(f"--softcap {self.softcap} must be positive (0 takes the architecture's).")
 

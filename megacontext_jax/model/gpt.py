@@ -67,9 +67,15 @@ def linear(x, w_OI):
 
 
 def rope_frequencies(cfg: GPTConfig) -> np.ndarray:
-    """float32 [D/2], radians per token, in nanochat's order of roundings."""
+    """float32 [D/2], radians per token, in nanochat's order of roundings; 0 for channels that do not turn.
+
+    These are what is left of a far gist, whose span damps all others (p-RoPE; Barbero et al. 2024, arXiv:2410.06205).
+    """
     D = cfg.head_dim
-    return 1.0 / np.float32(cfg.constants.rope_base) ** (np.arange(0, D, 2, dtype=np.float32) / np.float32(D))
+    frequency = 1.0 / np.float32(cfg.constants.rope_base) ** (
+        np.arange(0, D, 2, dtype=np.float32) / np.float32(D)
+    )
+    return np.where(np.arange(D // 2) < round(cfg.rope_share * (D // 2)), frequency, np.float32(0))
 
 
 def rope_table(cfg: GPTConfig, positions, dtype, fraction=0.0):

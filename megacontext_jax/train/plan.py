@@ -39,6 +39,7 @@ def model_of(config: Config) -> GPTConfig:
         arch=m.arch,
         window_pattern=m.window_pattern,
         softcap=m.softcap,
+        rope_share=m.rope_share,
         sequence_len=m.max_seq_len,
         vocab_size=config.tokenizer.vocab_size,
     )

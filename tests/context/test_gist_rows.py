@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megacontext_jax.context.gist_rows import GistRows, row_rope
+from megacontext_jax.context.forecast import forecast_loss
+from megacontext_jax.context.gist_rows import GistRows, gaps, row_rope
 from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.errors import UserError
 from megacontext_jax.model import gpt
@@ -96,6 +97,44 @@ def test_implementations_agree_on_the_whole_model(ids_BT):
     assert 0 < metrics["mc/gist_regression_loss"] < 2
     assert set(metrics) == {f"mc/gist_regression_loss{x}" for x in ("", "/level_1", "/level_2")}
     assert all(jnp.abs(x).max() > 0 for x in jax.tree.leaves(grads["gistnet"]))
+
+
+def test_a_direct_forecast_is_a_projection_of_its_own(ids_BT):
+    objective = rows_objective()
+    objective = replace(objective, gist=replace(objective.gist, forecast="direct"))
+    params = _moved(objective.init(jax.random.key(0)))
+    grads = jax.grad(lambda params: objective.loss(params, batch_of(ids_BT), jax.random.key(0))[0])(params)
+    assert jnp.abs(grads["gistnet"]["forecast"]).max() > 0
+    same = params | {"gistnet": params["gistnet"] | {"forecast": jnp.eye(CFG.n_embd)}}
+    h_RPC = jax.random.normal(jax.random.key(2), (2, 3, CFG.n_embd))
+    np.testing.assert_allclose(forecast_loss(same, CFG, h_RPC, h_RPC), 0.0, atol=1e-6)
+    np.testing.assert_allclose(forecast_loss(same, CFG, h_RPC, -h_RPC), 2.0, rtol=1e-6)
+
+
+def test_gaps_move_what_is_near_away_from_what_is_far(ids_BT):
+    cfg, spec = replace(CFG, gist_levels=2), CFG.gist_spec
+    sizes, longest = spec.rows(T), 1 << 25
+    gap_BR = np.asarray(gaps(cfg, 64, T, longest, jax.random.key(3)))
+    start_R = np.concatenate([np.arange(n) * 4**level for level, n in enumerate(sizes)])
+    for gap_R in gap_BR:
+        boundary = start_R[gap_R > 0].min()
+        assert boundary % 16 == 0
+        np.testing.assert_array_equal(gap_R, np.where(start_R >= boundary, gap_R.max(), 0))
+    lengths = gap_BR.max(axis=1)
+    assert 1 <= lengths.min() < 1000
+    assert longest / 1000 < lengths.max() <= longest
+    assert gaps(cfg, 2, T, 0, jax.random.key(3)) is None
+    assert gaps(cfg, 2, 16, longest, jax.random.key(3)) is None  # no boundary
+
+    objective = rows_objective()
+    params = _moved(objective.init(jax.random.key(0)))
+    near = objective.hidden(params, ids_BT)[0]
+    far = objective.hidden(params, ids_BT, gap_BR=jnp.asarray(np.where(start_R >= 32, 1 << 20, 0)))[0]
+    np.testing.assert_allclose(far[:, :32], near[:, :32], atol=1e-5)
+    assert jnp.abs(far[:, 32:] - near[:, 32:]).max() > 1e-2
+    trained = replace(objective, longest_gap=longest)
+    losses = [trained.loss(params, batch_of(ids_BT), jax.random.key(i))[0] for i in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_sequence_shorter_than_a_block(ids_BT):

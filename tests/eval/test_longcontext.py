@@ -136,7 +136,8 @@ def test_a_run_fills_every_column(ran):
     results, notes = json.loads((folder / suite.RESULTS).read_text()), suite.read_notes(folder)
     (row,) = results.values()
     far = {column + columns.FAR for column in columns.ATTENTIONS}  # one layer with a window of 8 has some
-    assert set(row) == {*columns.COLUMNS, *columns.ATTENTIONS, *far, "chance"}
+    gap = "gist_attention" + columns.GAP
+    assert set(row) == {*columns.COLUMNS, *columns.ATTENTIONS, *far, gap, "chance"}
     assert row["chance"] == 1 / 32
     assert all(0 <= accuracy <= 1 for accuracy in row.values())
     assert notes["mqar_4x"]["entries"] == {"gists alone": 12, "budget": 15}

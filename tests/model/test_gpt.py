@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megacontext_jax.context.positions import gaussian_rope
 from megacontext_jax.errors import UserError
 from megacontext_jax.model import decode, gpt, loss
 from megacontext_jax.model.arch import ARCHS, NANOCHAT, GPTConfig, config_for_depth
@@ -309,6 +310,7 @@ def test_impossible_shapes_and_choices_are_refused_in_one_sentence():
         (lambda: GPTConfig(window_pattern="SXL"), "SXL"),
         (lambda: GPTConfig(window_pattern=""), "''"),
         (lambda: GPTConfig(softcap=-1.0), "softcap"),
+        (lambda: GPTConfig(rope_share=0.0), "--rope-share"),
         (lambda: select_attention("flash", platform="cpu", dtype="float32", head_dim=64), "flash"),
         (lambda: select_attention("cudnn", platform="cpu", dtype="bfloat16", head_dim=64), "cpu"),
     ]:
@@ -338,3 +340,18 @@ def test_phases_of_far_positions(fraction):
     np.testing.assert_allclose(sin, np.sin(angles), atol=0.01)
     floats = gpt.rope_table(TINY, jnp.asarray(far[:2], jnp.float32), jnp.float32, fraction)
     np.testing.assert_array_equal(cos[:2], floats[0])
+
+
+def test_channels_beyond_the_share_do_not_turn():
+    far = jnp.asarray([3, 1 << 25], jnp.int32)
+    whole, half = (
+        gpt.rope_table(dataclasses.replace(TINY, rope_share=share), far, jnp.float32) for share in (1.0, 0.5)
+    )
+    D = TINY.head_dim
+    for table, still, rest in zip(whole, half, (1.0, 0.0), strict=True):
+        np.testing.assert_array_equal(still[:, : D // 4], table[:, : D // 4])
+        np.testing.assert_array_equal(still[:, D // 4 :], rest)
+    damped = gaussian_rope(dataclasses.replace(TINY, rope_share=0.5), far, jnp.full(2, 1e6), jnp.float32)
+    np.testing.assert_array_equal(
+        damped[0], [[0.0] * (D // 4) + [1.0] * (D // 4)] * 2
+    )  # what is left of a far gist

@@ -8,6 +8,7 @@ import numpy as np
 
 from megacontext_jax.context.allocator import AllocatorConfig
 from megacontext_jax.context.focus import focus, seed_layout
+from megacontext_jax.context.gist_rows import GistRows, gap_at
 from megacontext_jax.context.layout import Layout, raw_layout
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.eval.longcontext.models import budget, objective_for, rows_for
@@ -21,6 +22,7 @@ ATTENTIONS = {
     "gist_attention": "gist",
     "sliding_attention": "sliding",
 }  # models of their own, --attention gist
+GAP, AWAY = "_gap", 1_000_000  # added to the column of gist attention: as many tokens away from the questions
 FAR = "_far"  # added to these columns: questions about what a sliding window does not reach, layer upon layer
 QUESTIONS = 512  # sequences per task
 ROWS = 64
@@ -48,28 +50,29 @@ def evaluate_rows(task: Task, size, params: dict, seed: int) -> dict[str, float]
     """Accuracy of the models {column: parameters} with gist and with sliding attention.
 
     Windows hand on from layer to layer what they see; where a task has facts beyond that, the columns with `FAR` are
-    the accuracy on these.
+    the accuracy on these. Gist attention is also asked as if `AWAY` tokens lay before the questions (`GAP`).
     """
     reach = _reach(rows_for(task, size, "sliding").cfg)
-    scores = {
-        column: jax.jit(partial(_score_rows, rows_for(task, size, ATTENTIONS[column]), task))
-        for column in params
-    }
+    models = {column: rows_for(task, size, ATTENTIONS[column]) for column in params}
+    scores = {column: jax.jit(partial(_score_rows, model, task)) for column, model in models.items()}
+    for column, model in models.items():
+        if isinstance(model, GistRows):
+            scores[column + GAP] = jax.jit(partial(_score_rows, model, task, away=AWAY))
     rng = np.random.default_rng(10_000 + seed)
     rows = max(8, min(ROWS, ROWS * 256 // task.tokens))
-    right: dict[str, list] = {column: [] for column in params}
+    right: dict[str, list] = {column: [] for column in scores}
     far: list = []
     for _ in range(QUESTIONS // rows):
         batch = task.make(rng, rows, task.tokens, True)
         newest_B = task.tokens - 1 - np.argmax(batch["facts"][:, ::-1], axis=1)
         far.append(newest_B < task.tokens - task.asked - reach)
         for column, score in scores.items():
-            right[column].append(np.asarray(score(params[column], batch)))
+            right[column].append(np.asarray(score(params[column.removesuffix(GAP)], batch)))
     far_N = np.concatenate(far)
     found = {column: np.concatenate(share) for column, share in right.items()}
     means = {column: float(share_N.mean()) for column, share_N in found.items()}
     if far_N.any():
-        means |= {column + FAR: float(share_N[far_N].mean()) for column, share_N in found.items()}
+        means |= {column + FAR: float(found[column][far_N].mean()) for column in params}
     return means
 
 
@@ -78,9 +81,17 @@ def _reach(cfg: GPTConfig) -> int:
     return sum(cfg.windows()) + cfg.constants.smear
 
 
-def _score_rows(objective, task: Task, params, batch):
-    """Share of right answers [B]."""
-    hidden = objective.hidden(params, batch["inputs"])
+def _score_rows(objective, task: Task, params, batch, away: int = 0):
+    """Share of right answers [B], with so many tokens more between the questions' block and what came before."""
+    options = {}
+    if away:
+        block, length = objective.cfg.gist_block, batch["inputs"].shape[1]
+        boundary = (length - task.asked) // block * block
+        options["gap_BR"] = jnp.broadcast_to(
+            gap_at(objective.cfg, length, boundary, away),
+            (len(batch["inputs"]), sum(objective.cfg.gist_spec.rows(length))),
+        )
+    hidden = objective.hidden(params, batch["inputs"], **options)
     x_BTC = hidden[0] if isinstance(hidden, tuple) else hidden
     cfg = objective.cfg
     logits_BAV = capped_logits(x_BTC[:, -task.asked :], params["lm_head"], cfg.logit_cap, cfg.vocab_size)

@@ -34,6 +34,9 @@ class Size:
     steps: int = 1500
     rows: int = 64
     positions: str = "rank"
+    # gist attention: longest gap between near and far rows in training, share of the channels that turn with the position
+    gap: int = 0
+    rope_share: float = 1.0
 
 
 OPTIONS = StageConfig(
@@ -89,6 +92,7 @@ def rows_for(task: Task, size: Size, attention: str) -> GistRows | Objective:
         sequence_len=task.tokens,
         vocab_size=task.vocab,
         attention=attention,
+        rope_share=size.rope_share,
         gist_block=task.block,
         gist_window=0,
         gist_levels=task.levels,
@@ -97,7 +101,8 @@ def rows_for(task: Task, size: Size, attention: str) -> GistRows | Objective:
     if attention == "sliding":
         return base
     blocks = replace(cfg, n_layer=2, attention="dense", vocab_size=64)
-    return GistRows(base, GistConfig(blocks, block=task.block), regression_weight=0.0)
+    gist = GistConfig(blocks, block=task.block)
+    return GistRows(base, gist, regression_weight=0.0, longest_gap=size.gap)
 
 
 Say = Callable[[int, float], None]

@@ -13,6 +13,7 @@ from megacontext_jax.eval.longcontext.columns import (
     ATTENTIONS,
     COLUMNS,
     FAR,
+    GAP,
     QUESTIONS,
     evaluate,
     evaluate_rows,
@@ -23,7 +24,7 @@ from megacontext_jax.eval.longcontext.tasks import TASKS, Task
 from megacontext_jax.telemetry.progress import Progress
 from megacontext_jax.telemetry.sinks import write_atomic
 
-SHOWN = (*COLUMNS, *ATTENTIONS, *(column + FAR for column in ATTENTIONS))
+SHOWN = (*COLUMNS, *ATTENTIONS, *(column + FAR for column in ATTENTIONS), "gist_attention" + GAP)
 RESULTS = "long_context.json"
 NOTES = "long_context_runs.json"
 

@@ -97,6 +97,7 @@ def complete(chat: ChatModel, ids: Sequence[int], ask: Ask) -> Steps:
 def warm_up(chat: ChatModel, ask: Ask) -> None:
     """Compiles what answers with these settings need, after a short message and after a long text."""
     budget = chat.focus.budget if chat.focus else 0
+    chat.memory().warm_up()
     for tokens in (1, max(300, 2 * budget)):
         with chat.new_session() as session:
             text = " a" * min(tokens, session.memory.capacity // 4)
