@@ -16,6 +16,7 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["WANDB_MODE"] = "disabled"
 
+MOST_MAPS = 30_000  # of a process
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -24,6 +25,17 @@ def private_folders(tmp_path, monkeypatch):
     """No test reads or writes a user's folders."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.setenv("MEGACONTEXT_ARTIFACTS", str(tmp_path / "artifacts"))
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Lets go of compiled programs before their mappings reach the system's limit (65,530), where LLVM would crash."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
