@@ -29,7 +29,7 @@ def private_folders(tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def few_programs():
-    """Lets go of compiled programs before their mappings reach the system's limit (65,530), where LLVM would crash."""
+    """Lets go of compiled programs long before their memory mappings reach the system's limit, 65,530 of a process."""
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:

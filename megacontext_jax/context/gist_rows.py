@@ -133,7 +133,8 @@ class GistRows:
         layers = 6 * cfg.num_params()["transformer"]
         head = dense - layers - 12 * cfg.n_layer * cfg.n_embd * T
         gists = self.gist.flops_per_block() * sum(rows[1:])
-        forecasts = 2 * 6 * cfg.num_params()["lm_head"] / 32 if self.regression_weight else 0.0
+        weights = 2 * cfg.num_params()["lm_head"] if self.gist.forecast == "expected" else cfg.n_embd**2
+        forecasts = 6 * weights / 32 if self.regression_weight else 0.0
         return layers * sum(rows) + head + attention + gists + forecasts
 
 
