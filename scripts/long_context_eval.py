@@ -32,7 +32,9 @@ def main(argv: list[str]) -> None:
     if config.model.attention == "sliding":
         raise UserError("--attention sliding is a column of --attention gist; use that.")
     if config.model.attention != "gist" and config.given & {"model.gist_gap", "model.rope_share"}:
-        raise UserError("--gist-gap and --rope-share are for models with gist attention; add --attention gist.")
+        raise UserError(
+            "--gist-gap and --rope-share are for models with gist attention; add --attention gist."
+        )
     runtime.start(config.run)
     from megacontext_jax.eval.longcontext import suite
     from megacontext_jax.eval.longcontext.models import Size

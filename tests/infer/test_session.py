@@ -13,7 +13,8 @@ import pytest
 
 from megacontext_jax.context.layout import Layout, violations
 from megacontext_jax.errors import UserError
-from megacontext_jax.infer import engine
+from megacontext_jax.infer import engine, focus_programs
+from megacontext_jax.infer import memory as memory_module
 from megacontext_jax.infer.memory import is_alive
 from megacontext_jax.infer.session_batch import answer_together
 from tests.infer.session_models import (
@@ -374,3 +375,16 @@ def test_sessions_of_a_batch_say_what_each_says_alone(make):
             list(twin.answer(max_tokens=20, temperature=0.0))
             np.testing.assert_array_equal(session.tree.tokens(), twin.tree.tokens())
             np.testing.assert_allclose(session.memory.logits_1V, twin.memory.logits_1V, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [focus_chat, rows_chat])
+def test_after_a_warm_up_reading_compiles_nothing(make):
+    chat = make()
+    program = focus_programs.extend if chat.focus else memory_module._extend
+    chat.memory().warm_up()
+    warm = program._cache_size()
+    with chat.new_session() as session:
+        for tokens in (1, 20, 70, 130):
+            session.append(np.arange(tokens) % 40)
+            session.read()
+    assert program._cache_size() == warm > 0
