@@ -326,6 +326,8 @@ def test_ctrl_c_in_the_middle_of_an_answer(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        # a suite that runs in the background ignores Ctrl-C, and its children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     address = re.search(r"http://127.0.0.1:\d+/", program.stdout.readline()).group()
     with httpx.Client(base_url=address, timeout=30) as client:
