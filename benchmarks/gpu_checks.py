@@ -108,15 +108,17 @@ def decode_check(problem: Problem = DECODED, prompt: int = 2000) -> Iterator[dic
             *in_float32(arrays)
         )
     found = {}
-    for dtype, close in ((jnp.bfloat16, CLOSE), (jnp.float32, 1e-4)):
-        name = jnp.dtype(dtype).name
+    for name, dtype, implementation, close in (
+        ("bfloat16", jnp.bfloat16, "xla", CLOSE),
+        ("float32", jnp.float32, "xla", 1e-4),
+        ("bfloat16, the kernel", jnp.bfloat16, "mosaic_gpu", CLOSE),
+    ):
         yield found | {"under_way": name}
         q, k, v = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), arrays)
         cache = init_gist_cache(spec, problem.batch, tokens, problem.key_heads, head_dim, dtype)
         with jax.default_matmul_precision("highest"):
-            decoded = jax.jit(partial(decoded_rows, spec, count=tokens - prompt))(
-                fill(cache, k, v, length_B, spec), (q, k, v), length_B
-            )
+            rows = partial(decoded_rows, spec, count=tokens - prompt, implementation=implementation)
+            decoded = jax.jit(rows)(fill(cache, k, v, length_B, spec), (q, k, v), length_B)
         pairs = []
         for level, o_NBHD in enumerate(decoded):
             span = spec.block**level
@@ -129,7 +131,7 @@ def decode_check(problem: Problem = DECODED, prompt: int = 2000) -> Iterator[dic
     yield found
 
 
-def decoded_rows(spec: GistSpec, cache, rows, start_B, count: int):
+def decoded_rows(spec: GistSpec, cache, rows, start_B, count: int, implementation: str = "xla"):
     """Outputs per level [count, B, H, D] of every row that ends at tokens start, start + 1, ...; zeros where none does."""
     import jax
     import jax.numpy as jnp
@@ -151,7 +153,14 @@ def decoded_rows(spec: GistSpec, cache, rows, start_B, count: int):
             if q[level].shape[1] == 0:
                 continue
             cache = append(cache, level, at(k[level], row_B), at(v[level], row_B), row_B, ends_B)
-            o_BHD = gist_decode(at(q[level], row_B), cache, position_B, spec=spec, level=level)
+            o_BHD = gist_decode(
+                at(q[level], row_B),
+                cache,
+                position_B,
+                spec=spec,
+                level=level,
+                implementation=implementation,
+            )
             found.append(jnp.where(ends_B[:, None, None], o_BHD, 0.0))
         return (cache, position_B + 1), tuple(found)
 

@@ -35,13 +35,15 @@ from benchmarks.gpu_timing import HEAD_DIM, HEADS, LENGTHS, VARIANTS, summary
 LIMIT = 60  # seconds of a case
 MINUTES = 9
 CHECKS = (*(f"check_{name}" for name in gpu_checks.PROBLEMS), "check_decode")
-STEPS = ("step_dense", "step_gist", "decode_dense", "decode_gist")
+STEPS = ("step_dense", "step_gist", "decode_dense", "decode_gist", "decode_kernel")
+RINGS = tuple(f"ring_{batch}" for batch in (1, 16, 64))
 SANITIZERS = ("sanitizer_memcheck", "sanitizer_racecheck")
 CASES = (
     "versions",
     *CHECKS,
     *(f"time_{T}_4" for T in LENGTHS),
     *STEPS,
+    *RINGS,
     "flex_8192",
     *SANITIZERS,
     *(f"time_{T}_1" for T in LENGTHS),
@@ -80,6 +82,8 @@ def steps_of(case: str) -> Iterator[dict]:
         return gpu_checks.sanitizer(rest[0])
     if kind == "time":
         return gpu_timing.timing(*map(int, rest))
+    if kind == "ring":
+        return gpu_timing.ring(int(rest[0]))
     if kind == "tune":
         return gpu_timing.tuning(*map(int, rest))
     if kind == "flex":

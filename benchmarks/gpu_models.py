@@ -1,5 +1,6 @@
 """Cases of the GPU suite that run a model of depth 12. Each yields what it knows before every further step."""
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Iterator
@@ -64,14 +65,16 @@ def training_step(attention: str, rows: int = 8, tokens: int = 4096) -> Iterator
         }
 
 
-def decoding(attention: str, batch: int = 8, prompt: int = 2048, new_tokens: int = 256) -> Iterator[dict]:
-    """Tokens per second of greedy decoding behind a prompt, depth 12."""
+def decoding(which: str, batch: int = 8, prompt: int = 2048, new_tokens: int = 256) -> Iterator[dict]:
+    """Tokens per second of greedy decoding behind a prompt, depth 12: dense, gist, or gist by the decode kernel."""
     import jax
     import jax.numpy as jnp
 
     from megacontext_jax.infer.load import decoding_model
 
-    objective = objective_of(attention, prompt + new_tokens)
+    objective = objective_of("dense" if which == "dense" else "gist", prompt + new_tokens)
+    if which == "kernel":
+        objective = dataclasses.replace(objective, decode_implementation="mosaic_gpu")
     decoder, weights = decoding_model(jax.jit(objective.init)(jax.random.key(0)), objective)
     ids = jax.random.randint(jax.random.key(1), (batch, prompt), 0, decoder.vocab_size)
     lengths = jnp.full(batch, prompt, jnp.int32)

@@ -57,6 +57,47 @@ def timing(T: int, batch: int) -> Iterator[dict]:
     yield found
 
 
+def ring(batch: int, steps: int = 64, tokens: int = 2**25) -> Iterator[dict]:
+    """Microseconds of a decode step's attention over the rings of a session, by XLA and by the kernel; each guarded."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels_pallas import GistCache, GistSpec, gist_decode, init_gist_cache
+
+    spec = GistSpec(levels=5)
+    empty = init_gist_cache(spec, batch, tokens, HEADS, HEAD_DIM, jnp.bfloat16)
+    k, v, q = (
+        jax.random.normal(jax.random.key(i), x.shape, x.dtype)
+        for i, x in enumerate((empty.k, empty.v, empty.k[:, :, 0]))
+    )
+    cache, position_B = GistCache(k, v, empty.sizes), jnp.full(batch, tokens - 1, jnp.int32)
+    seen = sum(int(stop - start) for start, stop in spec.key_ranges(0, tokens - 1))
+    bandwidth = next(
+        (rate for name, rate in BANDWIDTH.items() if name in jax.devices()[0].device_kind.lower()),
+        float("nan"),
+    )
+    found = {
+        "slots": k.shape[2],
+        "seen": seen,
+        "floor": 1e6 * batch * HEADS * seen * HEAD_DIM * 4 / bandwidth,
+    }
+    for implementation in ("mosaic_gpu", "xla"):
+        yield found | {"under_way": implementation}
+
+        @jax.jit
+        def run(q, cache, implementation=implementation):
+            def step(_, q):
+                return gist_decode(q, cache, position_B, spec=spec, implementation=implementation)
+
+            return jax.lax.fori_loop(0, steps, step, q)
+
+        try:
+            found[implementation] = 1e3 * milliseconds(run, q, cache) / steps
+        except Exception as error:
+            found.setdefault("failed", {})[implementation] = reason(error)
+    yield found
+
+
 def bounds(problem) -> dict:
     """What gist attention cannot do without: milliseconds of the pairs seen and of the bytes; the tiles it visits."""
     import jax

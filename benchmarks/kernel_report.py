@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Program(NamedTuple):
     tokens: int  # of a row
     shorter: str | None = None  # the program before it that has as many tokens in rows half as long
     device_memory: int | None = None  # bytes, arguments and all
+    kernels: tuple[str, ...] = KERNELS  # that it must have
 
 
 def main() -> int:
@@ -54,7 +56,7 @@ def main() -> int:
         if args.tiers:
             programs = [tier_step("speedrun"), tier_step("run1000")]
         else:
-            programs = [*attention_programs(), *(step_programs() if args.step else ())]
+            programs = [*attention_programs(), *decode_programs(), *(step_programs() if args.step else ())]
         return report(Path(folder), programs)
 
 
@@ -69,7 +71,7 @@ def report(folder: Path, programs: list[Program]) -> int:
         )
         failures += too_much(program, held, compiled)
         kernels = described(folder)
-        failures += [f"{program.name} lacks {kernel}" for kernel in KERNELS if kernel not in kernels]
+        failures += [f"{program.name} lacks {kernel}" for kernel in program.kernels if kernel not in kernels]
         for kernel, instances in kernels.items():
             for facts in instances:
                 print(f"  {kernel:<16}" + ", ".join(f"{what} {value:,}" for what, value in facts.items()))
@@ -145,6 +147,31 @@ def attention_programs() -> Iterator[Program]:
     yield Program(name, gradients(1, 32_768, 10, 10, 128, GistSpec()), 1, 32_768, long)
     name = "packed, 12 heads of 64 share 4, 4 x 4,096"
     yield Program(name, gradients(4, 4096, 12, 4, 64, GistSpec(), packed=True), 4, 4096)
+
+
+def decode_programs() -> Iterator[Program]:
+    """A token of each of many sequences over the rings of a session."""
+    for name, batch, heads, key_heads, head_dim in (
+        ("decode: 64 sequences, 6 heads of 128", 64, 6, 6, 128),
+        ("decode: 16 sequences, 32 heads of 64 share 4", 16, 32, 4, 64),
+    ):
+        compiled = decoding(batch, heads, key_heads, head_dim)
+        yield Program(name, compiled, batch, 1, kernels=("gist_decode",))
+
+
+def decoding(batch: int, heads: int, key_heads: int, head_dim: int):
+    """A function that compiles the attention of a decode step."""
+    import jax
+    import jax.numpy as jnp
+
+    from kernels_pallas import GistSpec, gist_decode, init_gist_cache
+
+    spec = GistSpec(levels=5)
+    cache = jax.eval_shape(lambda: init_gist_cache(spec, batch, 2**25, key_heads, head_dim, jnp.bfloat16))
+    q = jax.ShapeDtypeStruct((batch, heads, head_dim), jnp.bfloat16)
+    position = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    run = partial(gist_decode, spec=spec, implementation="mosaic_gpu")
+    return lambda: compile_for_hopper(run, q, cache, position)
 
 
 def gradients(rows: int, tokens: int, heads: int, key_heads: int, head_dim: int, spec, packed: bool = False):

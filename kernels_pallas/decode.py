@@ -3,7 +3,7 @@
 A query sees a run of rows of every level, so only the newest ones must be kept: about the window of tokens, and
 `(mid_spans + 1) * block` rows of each middle level. The last level keeps all its rows. The rings of all levels lie side
 by side in one array, so that a step is two products however many levels there are. At small batches these are bound
-by their launch, so plain XLA is the implementation. Sequences of a batch may differ in length.
+by their launches, so plain XLA is what runs unless the kernel is asked for. Sequences of a batch may differ in length.
 
 Shape suffixes: B batch, K key heads, S slots of all levels, D head size, R new rows of all levels, Q queries times the
 query heads of a key head.
@@ -17,8 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.api import Refused, choose
 from kernels_pallas.reference import NEG
 from kernels_pallas.spec import GistSpec
+
+SLOTS = 8  # a cache has a multiple of these
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("k", "v"), meta_fields=("sizes",))
@@ -40,6 +43,7 @@ def slots(spec: GistSpec, tokens: int) -> tuple[int, ...]:
         rows = -(-tokens // r**level) if level == spec.levels else reach // r**level + 1
         counts.append(max(1, min(rows, -(-tokens // r**level))))
         reach += (spec.mid_spans + 1) * r ** (level + 2)  # how far back the next level can begin
+    counts[-1] += -sum(counts) % SLOTS  # that a tile of keys is whole
     return tuple(counts)
 
 
@@ -76,21 +80,42 @@ def append(cache: GistCache, level: int, k_BKD, v_BKD, row_B, write_B=True) -> G
 
 
 def gist_decode(
-    q_BHD, cache: GistCache, position_B, *, spec: GistSpec, level: int = 0, scale=None
+    q_BHD,
+    cache: GistCache,
+    position_B,
+    *,
+    spec: GistSpec,
+    level: int = 0,
+    scale=None,
+    implementation: str = "xla",
 ) -> jax.Array:
     """Attention [B, H, D] of one row per sequence whose span ends with token `position_B`, itself appended before.
 
     Level 0 is a token. A row of level l asks after the rows of all lower levels that end with the same token have
     been appended, and before those of higher levels are. The same numbers as `gist_attention` on whole sequences.
+    `implementation` is xla, or mosaic_gpu: the kernel for Hopper GPUs, which takes what `choose` says of them.
     """
     B, H, D = q_BHD.shape
     K = cache.k.shape[1]
+    if implementation not in ("xla", "mosaic_gpu"):
+        raise Refused(f"gist_decode has no implementation {implementation!r}; choose from xla, mosaic_gpu.")
+    seen_BS = seen_slots(cache, position_B, spec, level)
+    q_BKGD = q_BHD.reshape(B, K, H // K, D)
+    if choose(implementation, spec=spec, head_dim=D, dtype=cache.k.dtype).name == "mosaic_gpu":
+        from kernels_pallas.mosaic_gpu.decode import decode_mosaic_gpu
+
+        o_BKGD = decode_mosaic_gpu(q_BKGD, cache.k, cache.v, seen_BS, scale)
+    else:
+        o_BKGD = _attend(q_BKGD, cache.k, cache.v, seen_BS[:, None, None], scale)
+    return o_BKGD.reshape(B, H, D).astype(q_BHD.dtype)
+
+
+def seen_slots(cache: GistCache, position_B, spec: GistSpec, level: int = 0):
+    """bool [B, S]: the slots that the row of a level sees whose span ends with token `position_B`."""
     ring = _Ring(spec, cache.sizes)
     # the rows that are there: those of higher levels that end here are not yet
     row_BS = ring.rows(position_B[:, None] + (ring.level_S <= level))
-    seen_BS = ring.seen(row_BS, level, (position_B + 1) // spec.block**level - 1)
-    o_BKGD = _attend(q_BHD.reshape(B, K, H // K, D), cache.k, cache.v, seen_BS[:, None, None], scale)
-    return o_BKGD.reshape(B, H, D).astype(q_BHD.dtype)
+    return ring.seen(row_BS, level, (position_B + 1) // spec.block**level - 1)
 
 
 def gist_extend(

@@ -106,15 +106,15 @@ def transposed(ref):
     return plgpu.transpose_ref(ref, (1, 0)) if _OLD else ref.transpose((1, 0))
 
 
-def kernel(body, *, out, scratch, grid: dict[str, int], name: str, interpret):
-    """Three warpgroups per grid point: two that compute, one that moves memory."""
+def kernel(body, *, out, scratch, grid: dict[str, int], name: str, interpret, warpgroups: int = 3):
+    """Three warpgroups per grid point, two that compute and one that moves memory, if nothing else is said."""
     run = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=3,
+        num_threads=warpgroups,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane

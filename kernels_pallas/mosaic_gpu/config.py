@@ -15,6 +15,9 @@ SHARED_MEMORY = 227 * 1024  # bytes that one block of threads can have on Hopper
 HALF = 64  # rows of a warpgroup: the height of its matrix instruction
 WORKERS = 2  # warpgroups that compute
 TILE = WORKERS * HALF  # rows that they hold: of queries, or of keys in the pass over keys
+DECODE_TILE = (
+    64  # keys of a part: a default pattern's 400 slots are 7 blocks of threads per sequence and key head
+)
 RESERVED = 4096  # barriers, alignment, and room in which the compiler reduces over a warpgroup
 
 
@@ -82,6 +85,19 @@ def dkv_buffers(config: Config, head_dim: int, out_dtype) -> dict[str, Buffer]:
     if out_dtype != jnp.bfloat16:  # bfloat16 results leave through the buffers of k and v
         buffers["out"] = Buffer(kept, out_dtype, True)
     return buffers
+
+
+def decode_buffers(head_dim: int) -> dict[str, Buffer]:
+    tile = (DECODE_TILE, head_dim)
+    return {
+        "q": Buffer((HALF, head_dim), jnp.bfloat16, True),
+        "k": Buffer(tile, jnp.bfloat16, True),
+        "v": Buffer(tile, jnp.bfloat16, True),
+        "o": Buffer((HALF, head_dim), jnp.float32, True),
+        "bias": Buffer((DECODE_TILE,), jnp.float32),
+        "top": Buffer((HALF,), jnp.float32),
+        "sum": Buffer((HALF,), jnp.float32),
+    }
 
 
 def shared_bytes(buffers: dict[str, Buffer]) -> int:

@@ -35,6 +35,7 @@ class GistRows:
     regression_weight: float = 0.02  # of forecasts of the next gist
     implementation: str | None = None  # of gist attention
     longest_gap: int = 0  # in training, see `gaps`; 0: none
+    decode_implementation: str = "xla"  # of one row at a time, see `gist_decode`
 
     @property
     def cfg(self) -> GPTConfig:

@@ -96,7 +96,14 @@ def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
     gap = config.model.gist_gap
     if not 0 <= gap <= LONGEST:
         raise UserError(f"--gist-gap {gap} must lie between 0 (none) and {LONGEST:,} tokens.")
-    return GistRows(base, gist, config.mc.mc_gist_regression_weight, implementation(config, base).name, gap)
+    return GistRows(
+        base,
+        gist,
+        config.mc.mc_gist_regression_weight,
+        implementation(config, base).name,
+        gap,
+        decode_implementation(config),
+    )
 
 
 def implementation(config: Config, base: Objective) -> Chosen:
@@ -112,6 +119,11 @@ def implementation(config: Config, base: Objective) -> Chosen:
         )
     except Refused as error:
         raise UserError(f"--attention-impl {wanted}: {error}") from None
+
+
+def decode_implementation(config: Config) -> str:
+    """What decodes: the kernel where it is asked for by name, since a few sequences are bound by launches."""
+    return "mosaic_gpu" if config.run.attention_impl == "mosaic_gpu" else "xla"
 
 
 def runs(config: Config, base: Objective) -> str:

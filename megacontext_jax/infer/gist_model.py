@@ -241,7 +241,14 @@ class GistDecoder:
             x_B1C = gpt.enter_block(layer, x_B1C, x0_B1C)
             q, k, v = gpt.qkv(layer, cfg, x_B1C, rope, value if level == 0 else None)
             cache = append(layers[i], level, k[:, 0], v[:, 0], row_B, write_B)
-            attn = gist_decode(q[:, 0], cache, position_B, spec=spec, level=level)
+            attn = gist_decode(
+                q[:, 0],
+                cache,
+                position_B,
+                spec=spec,
+                level=level,
+                implementation=self.objective.decode_implementation,
+            )
             x_B1C = gpt.close_block(layer, x_B1C, attn[:, None])
             kept_B1C = x_B1C if i == cfg.n_layer // 2 else kept_B1C
             filled.append(cache)

@@ -93,7 +93,7 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     params = load_params(folder, step, template)
     if cfg.attention == "gist":
         rows = row_setup.objective(config, objective, gist)
-        _tell(row_setup.runs(config, objective))
+        _tell(f"{row_setup.runs(config, objective)}; decoding: {rows.decode_implementation}")
         params = {name: x for name, x in params.items() if name != "lensnet"}
         return LoadedModel(rows, params, tokenizer, folder, step)
     if not config.run.mc:
@@ -157,7 +157,7 @@ def random_model(config: Config, model: GPTConfig, tokenizer) -> LoadedModel:
         return LoadedModel(base, params, tokenizer, Path("random weights"), 0, context)
     if cfg.attention == "gist":
         rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg))
-        _tell(row_setup.runs(config, base))
+        _tell(f"{row_setup.runs(config, base)}; decoding: {rows.decode_implementation}")
         return LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
     return LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
 

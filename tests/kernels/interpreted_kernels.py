@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import GistSpec
+from kernels_pallas import GistCache, GistSpec, gist_decode, init_gist_cache
+from kernels_pallas.decode import seen_slots
 from kernels_pallas.mosaic_gpu import gist_attention_mosaic_gpu, tiles
 from kernels_pallas.mosaic_gpu.config import HALF, TILE, Config
+from kernels_pallas.mosaic_gpu.decode import decode_mosaic_gpu
 from kernels_pallas.mosaic_gpu.tiles import Stream
 from kernels_pallas.reference import gist_attention_reference
 from kernels_pallas.shapes import Problem
@@ -149,3 +151,29 @@ def test_gradients_are_taken_inside_shard_map(tokens):
     inputs = problem.arrays(dtype=jnp.bfloat16)[:3]
     found = jax.eval_shape(push, *inputs)
     assert [x.shape for x in jax.tree.leaves(found)] == [x.shape for x in jax.tree.leaves(inputs)]
+
+
+DECODED = {
+    "heads of 128, three to a key head": (GistSpec(8, 64, 1, 2), 3, 128, 400, (5, 399)),
+    "fewer slots than a tile": (GistSpec(8, 0, 0, 2), 1, 64, 60, (0, 59)),
+}
+
+
+@pytest.mark.parametrize("name", DECODED)
+def test_decoding_is_that_of_plain_attention(name):
+    """A sequence that has just begun, whose later parts nobody sees, beside one whose rings are full."""
+    spec, group, head_dim, tokens, positions = DECODED[name]
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = init_gist_cache(spec, len(positions), tokens, 2, head_dim, jnp.bfloat16)
+    k, v = (jax.random.normal(key, cache.k.shape, jnp.bfloat16) for key in keys[:2])
+    q = jax.random.normal(keys[2], (len(positions), 2 * group, head_dim), jnp.bfloat16)
+    cache = GistCache(k, v, cache.sizes)
+    exact = GistCache(k.astype(jnp.float32), v.astype(jnp.float32), cache.sizes)
+    position_B = jnp.asarray(positions)
+    seen_BS = seen_slots(cache, position_B, spec)
+    q_BKGD = q.reshape(len(positions), 2, group, head_dim)
+    found = jit(partial(decode_mosaic_gpu, interpret=fast_interpret.interpreter()))(q_BKGD, k, v, seen_BS)
+    wanted = gist_decode(q.astype(jnp.float32), exact, position_B, spec=spec)
+    assert relative([found.reshape(wanted.shape)], [wanted]) < CLOSE
+    blind = decode_mosaic_gpu(q_BKGD, k, v, jnp.zeros_like(seen_BS), interpret=fast_interpret.interpreter())
+    assert not np.asarray(blind).any()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_checks import decoded_rows
-from kernels_pallas import GistSpec, gist_attention
+from kernels_pallas import GistSpec, Refused, gist_attention, gist_decode
 from kernels_pallas.decode import fill, init_gist_cache, slots
 from kernels_pallas.shapes import Problem
 
@@ -59,3 +59,14 @@ def test_sequences_of_different_lengths_go_on_after_a_prefill():
 def test_a_cache_of_nothing_is_refused():
     with pytest.raises(ValueError, match="0 tokens"):
         slots(SPECS[0], 0)
+
+
+def test_an_implementation_that_cannot_run_is_refused():
+    cache = init_gist_cache(SPECS[0], 1, 50, 2, 64, jnp.bfloat16)
+    ask = partial(
+        gist_decode, jnp.zeros((1, 2, 64), jnp.bfloat16), cache, jnp.zeros(1, jnp.int32), spec=SPECS[0]
+    )
+    with pytest.raises(Refused, match="no Hopper GPU"):
+        ask(implementation="mosaic_gpu")
+    with pytest.raises(Refused, match="choose from xla, mosaic_gpu"):
+        ask(implementation="reference")

@@ -123,10 +123,43 @@ def test_floors_are_those_of_the_pairs_that_are_seen(monkeypatch):
     assert gpu_timing.bounds(problem)["forward"]["floor"] > 2 * found["forward"]["floor"]
 
 
-def test_decoding_is_checked():
+@pytest.fixture
+def kernel_is_xla(monkeypatch):
+    """The decode kernel played by plain attention, on a machine that could run it; gives what was asked of it."""
+    from kernels_pallas import api, decode
+    from kernels_pallas.mosaic_gpu import decode as kernel
+
+    asked = []
+
+    def attend(q_BKGD, k_BKSD, v_BKSD, seen_BS, scale):
+        asked.append(q_BKGD.shape)
+        return decode._attend(q_BKGD, k_BKSD, v_BKSD, seen_BS[:, None, None], scale)
+
+    monkeypatch.setattr(api, "_mosaic_gpu_refusal", lambda *x: None)
+    monkeypatch.setattr(kernel, "decode_mosaic_gpu", attend)
+    return asked
+
+
+def test_decoding_is_checked(kernel_is_xla):
     found = last(gpu_checks.decode_check(Problem(90, GistSpec(4, 8, 1, 2), 2, 4, 2, 16), 60))
     assert found["passed"]
     assert found["float32"] < 1e-5
+    assert found["bfloat16, the kernel"] == found["bfloat16"]
+    assert (2, 2, 2, 16) in kernel_is_xla
+
+
+def test_rings_are_timed(kernel_is_xla):
+    found = last(gpu_timing.ring(1, steps=2, tokens=2**11))
+    assert found["xla"] > 0
+    assert found["mosaic_gpu"] > 0
+    assert found["seen"] < found["slots"]
+    assert kernel_is_xla
+
+
+def test_a_kernel_that_cannot_run_costs_its_own_figure():
+    found = last(gpu_timing.ring(1, steps=2, tokens=2**11))
+    assert found["xla"] > 0
+    assert "no Hopper GPU" in found["failed"]["mosaic_gpu"]
 
 
 def test_a_check_passes_only_what_is_close(monkeypatch):
