@@ -50,6 +50,11 @@ def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPT
             f"--mc shows the past in flat working contexts, {asked.attention} attention inside every layer; choose one: "
             "leave --mc out, or set --attention dense."
         )
+    if m.gist_gap and asked.attention != "gist":
+        raise UserError(
+            f"--gist-gap {m.gist_gap} is for gist attention, and this model has {asked.attention} attention; add "
+            "--attention gist, or leave it out."
+        )
     note = ""
     if trained_as and asked != model:
         note = f"{trained_as} was trained with {describe(model)}; here it runs with {describe(asked)}."
