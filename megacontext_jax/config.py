@@ -204,6 +204,11 @@ class MegaContextConfig:
     mc_gist_regression_weight: float = option(
         0.02, "weight of forecasts of the next gist (also with --attention gist)"
     )
+    gist_heads: str = option(
+        "alike",
+        "gist attention: every head reads all of a gist alike, or mostly its own places of the block",
+        choices=("alike", "places"),
+    )
     mc_forecast: str = option(
         "expected",
         "how the next gist is forecast: the embedding that the next-token distribution expects, or a projection of its own",

@@ -168,7 +168,8 @@ def row_entries(params, cfg: GPTConfig, tables: tuple, ids_BT, gap_BR=None) -> g
     if values:
         more = x_BRC.shape[1] - ids_BT.shape[1]
         values["rows"] = jnp.pad(values["rows"], ((0, 0), (0, 0), (0, more), (0, 0)))
-    return gpt.Entries(x_BRC, row_rope(cfg, [x.shape[1] for x in tables], x_BRC.dtype, gap_BR), values)
+    rope = row_rope(cfg, [x.shape[1] for x in tables], x_BRC.dtype, gap_BR)
+    return gpt.Entries(x_BRC, rope, values, x_BRC.shape[1] - ids_BT.shape[1])
 
 
 def row_rope(cfg: GPTConfig, sizes, dtype, gap_BR=None):

@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from megacontext_jax.context import head_places
 from megacontext_jax.context.blocks import init_blocks, init_linear, run_blocks, span_attention
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
@@ -34,6 +35,9 @@ class GistConfig:
     causal: bool = False
     residual: bool = True  # added to the mean, then normed; otherwise the projection alone
     forecast: str = "expected"  # of the next gist: embedding that the head expects, or a direct projection
+    # layers and key heads of a model whose heads have places (`head_places`); 0: all heads read gists alike
+    read_layers: int = 0
+    read_heads: int = 0
 
     def __post_init__(self):
         for what, value, known in (
@@ -74,6 +78,8 @@ def init_gistnet(cfg: GistConfig, key) -> dict:
             "hidden": init_linear(keys[3], 2 * C, C),
             "out": init_linear(keys[2], C, 2 * C, last),
         }
+    if cfg.read_heads:
+        params["reading"] = head_places.init_reading(cfg.read_layers, cfg.read_heads, cfg.block, C)
     if cfg.forecast == "direct":
         params["forecast"] = jnp.eye(C)  # the next gist is like this one
     return params

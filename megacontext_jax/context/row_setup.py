@@ -9,9 +9,11 @@ from megacontext_jax.config import Config
 from megacontext_jax.context import setup
 from megacontext_jax.context.gist_rows import GistRows
 from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.context.head_places import place_attention
 from megacontext_jax.context.positions import LONGEST
 from megacontext_jax.errors import UserError
 from megacontext_jax.model.arch import GPTConfig
+from megacontext_jax.model.attention import Choice
 from megacontext_jax.model.objective import Objective, Phase
 
 
@@ -55,6 +57,12 @@ def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPT
             f"--gist-gap {m.gist_gap} is for gist attention, and this model has {asked.attention} attention; add "
             "--attention gist, or leave it out."
         )
+    heads_asked = "mc.gist_heads" in config.given and config.mc.gist_heads != "alike"
+    if heads_asked and asked.attention != "gist":
+        raise UserError(
+            f"--gist-heads {config.mc.gist_heads} is for gist attention, and this model has {asked.attention} attention; "
+            "add --attention gist, or leave it out."
+        )
     note = ""
     if trained_as and asked != model:
         note = f"{trained_as} was trained with {describe(model)}; here it runs with {describe(asked)}."
@@ -82,7 +90,10 @@ def dense_implementation(config: Config, model: GPTConfig) -> str:
 
 def gist_config(config: Config, model: GPTConfig) -> GistConfig:
     """A new GistNet for a model with gist attention."""
-    return setup.gist_config(config.mc, replace(model, attention="dense"))
+    gist = setup.gist_config(config.mc, replace(model, attention="dense"))
+    if config.mc.gist_heads == "alike":
+        return gist
+    return replace(gist, read_layers=model.n_layer, read_heads=model.n_kv_head)
 
 
 def phases(
@@ -94,6 +105,9 @@ def phases(
         raise UserError(f"--mc-raw-share {share} must lie in [0, 1): gist attention would never begin.")
     rows = objective(config, base, gist)
     start = round(share * num_iterations) if first_stage else 0
+    if gist.read_heads:
+        why = "every head sees those far away at its own places"
+        base = replace(base, attention=Choice("places", place_attention(base.cfg.gist_spec), why))
     return [Phase(0, base), Phase(start, rows)] if start else [Phase(0, rows)]
 
 

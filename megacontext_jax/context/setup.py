@@ -95,6 +95,7 @@ def saved_options(meta: dict, mc: bool) -> dict:
     gist, context, found = saved_gist(meta), saved_context(meta) if mc else None, {}
     if gist:
         found = {"block_size": gist.block, "gistnet_type": gist.kind, "mc_forecast": gist.forecast}
+        found["gist_heads"] = "places" if gist.read_heads else "alike"
         if gist.kind != "mean":
             layers = {"gistnet_layers": gist.gpt.n_layer}
             found |= layers | {"gistnet_pooling": gist.pooling, "gistnet_head": gist.head}

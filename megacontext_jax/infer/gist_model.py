@@ -90,7 +90,7 @@ class GistDecoder:
             if value is not None:
                 value["rows"] = value["rows"] * raw_R[:, None].astype(self.dtype)
             x_BRC = gpt.enter_block(layer, x_BRC, x0_BRC)
-            q, k, v = gpt.qkv(layer, cfg, x_BRC, entries.rope, value)
+            q, k, v = gpt.qkv(layer, cfg, x_BRC, entries.rope, value, entries.gists)
             layers.append(
                 fill(cache.layers[i], split_levels(k, sizes), split_levels(v, sizes), length_B, spec)
             )
@@ -139,7 +139,8 @@ class GistDecoder:
             if value is not None:
                 value["rows"] = value["rows"] * raw_R1
             x_BRC = gpt.enter_block(layer, x_BRC, x0_BRC)
-            q, k, v = (split_levels(x, sizes) for x in gpt.qkv(layer, cfg, x_BRC, rope, value))
+            rows = gpt.qkv(layer, cfg, x_BRC, rope, value, sum(sizes[1:]))
+            q, k, v = (split_levels(x, sizes) for x in rows)
             attn, after = gist_extend(q, k, v, cache.layers[i], start_B, count_B, spec=spec)
             layers.append(after)
             x_BRC = gpt.close_block(layer, x_BRC, jnp.concatenate(attn, axis=1))
@@ -239,7 +240,7 @@ class GistDecoder:
         ids = jnp.zeros((len(position_B), 1), jnp.int32) if ids_B1 is None else ids_B1
         for i, layer, _, value in decode.layer_weights(params, cfg, ids, self.dtype):
             x_B1C = gpt.enter_block(layer, x_B1C, x0_B1C)
-            q, k, v = gpt.qkv(layer, cfg, x_B1C, rope, value if level == 0 else None)
+            q, k, v = gpt.qkv(layer, cfg, x_B1C, rope, *((value, 0) if level == 0 else (None, 1)))
             cache = append(layers[i], level, k[:, 0], v[:, 0], row_B, write_B)
             attn = gist_decode(
                 q[:, 0],
@@ -259,6 +260,9 @@ def gist_model(params: Any, objective: GistRows) -> Model:
     """A model with gist attention ready to generate; `params` is the training pytree."""
     alone = replace(objective, base=replace(objective.base, mesh=None))
     prepared = prepare_params(params, objective.base.dtype)
+    if "reading" in params["gistnet"]:
+        own = params["gistnet"]["reading"].astype(objective.base.dtype)
+        prepared["h"] = tuple(layer | {"reading": w.T} for layer, w in zip(prepared["h"], own, strict=True))
     return Model(GistDecoder(alone), prepared | {"gistnet": gistnet.prepare(params["gistnet"])})
 
 

@@ -114,7 +114,7 @@ def prefill_entries(
     params, cfg: GPTConfig, entries: Entries, prompt: Prompt, count_B, cache: Cache, *, attention: AttentionFn
 ):
     """Fill an empty cache with right-padded entries, of which `count_B` are valid; returns as `prefill`."""
-    x_BTC, rope, _ = entries
+    x_BTC, rope = entries.x_BTC, entries.rope
     T, dtype = x_BTC.shape[1], x_BTC.dtype
     x0_BTC, kept_BTC, ks, vs = x_BTC, None, [], []
     for i, layer, window, value in layer_weights(params, cfg, prompt.ids_BW, dtype):
@@ -175,7 +175,7 @@ def extend_entries(params, cfg: GPTConfig, entries: Entries, prompt: Prompt, cou
 
     What stands in the slots before is neither computed again nor changed, whatever follows it.
     """
-    x_BTC, rope, _ = entries
+    x_BTC, rope = entries.x_BTC, entries.rope
     (B, T), S, dtype = x_BTC.shape[:2], cache.k[0].shape[2], x_BTC.dtype
     at_BT = cache.length_B[:, None] + jnp.arange(T)
     new_BT = jnp.arange(T) < count_B[:, None]

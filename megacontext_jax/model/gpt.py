@@ -132,7 +132,12 @@ def shift_right(x_BTC):
 
 def layer_params(params) -> dict:
     """All that a block reads, with the layers on axis 0."""
-    return params["h"] | {name: params[name] for name in ("resid_lambdas", "x0_lambdas") if name in params}
+    reading = {name: x for name, x in params.get("gistnet", {}).items() if name == "reading"}
+    return (
+        params["h"]
+        | reading
+        | {name: params[name] for name in ("resid_lambdas", "x0_lambdas") if name in params}
+    )
 
 
 def value_params(params, ids, dtype) -> dict:
@@ -153,21 +158,31 @@ def enter_block(layer, x_BTC, x0_BTC):
     return mixed_BTC.astype(x_BTC.dtype)
 
 
-def qkv(layer, cfg: GPTConfig, x_BTC, rope, value=None):
+def qkv(layer, cfg: GPTConfig, x_BTC, rope, value=None, gists: int = 0):
     """Normed and rotated queries and keys, and values, of one layer.
 
-    `value` is the layer's part of `value_params`: its rows are added to the values by a gate per head.
+    `value` is the layer's part of `value_params`: its rows are added to the values by a gate per head. Of the last
+    `gists` rows every key head reads the channels by weights of its own, where a model has those (`context.head_places`).
     """
     h_BTC = rms_norm(x_BTC)
-    q, k, v = (
-        linear(h_BTC, layer[name]).reshape(*h_BTC.shape[:-1], heads, cfg.head_dim)
-        for name, heads in (("c_q", cfg.n_head), ("c_k", cfg.n_kv_head), ("c_v", cfg.n_kv_head))
-    )
+    q = linear(h_BTC, layer["c_q"]).reshape(*h_BTC.shape[:-1], cfg.n_head, cfg.head_dim)
+    k, v = (_of_key_heads(layer, cfg, name, h_BTC, gists) for name in ("c_k", "c_v"))
     if value is not None:
         gate_BTK = jax.nn.sigmoid(linear(h_BTC[..., : value["gate"].shape[-1]], value["gate"]))
         v = v + (cfg.constants.ve_scale * gate_BTK)[..., None] * value["rows"].reshape(v.shape)
     q, k = (rms_norm(apply_rope(x, rope)) * cfg.constants.qk_scale for x in (q, k))
     return q, k, v
+
+
+def _of_key_heads(layer, cfg: GPTConfig, name: str, h_BTC, gists: int):
+    heads = cfg.n_kv_head, cfg.head_dim
+    if "reading" not in layer or not gists:
+        return linear(h_BTC, layer[name]).reshape(*h_BTC.shape[:-1], *heads)
+    batch, tokens = h_BTC.shape[0], h_BTC.shape[1] - gists
+    raw = linear(h_BTC[:, :tokens], layer[name]).reshape(batch, tokens, *heads)
+    w_KDC = layer[name].reshape(*heads, -1) * layer["reading"][:, None]
+    read = jnp.einsum("btc,kdc->btkd", h_BTC[:, tokens:], w_KDC.astype(h_BTC.dtype))
+    return jnp.concatenate([raw, read], axis=1)
 
 
 def close_block(layer, x_BTC, attn_BTHD):
@@ -222,6 +237,7 @@ class Entries(NamedTuple):
     x_BTC: jax.Array  # normed embeddings, smeared where the model does that
     rope: tuple[jax.Array, jax.Array]  # cos and sin [T, D/2] or [B, T, D/2]
     values: dict  # see `value_params`
+    gists: int = 0  # how many of the last rows are gists, static
 
 
 def token_entries(params, cfg: GPTConfig, ids_BT, dtype, place=lambda x_BTC: x_BTC) -> Entries:
@@ -257,7 +273,7 @@ def run_trunk(
     over the layers (True: all of them, faster on CPUs and slower to compile); `place` puts the residual
     stream on a mesh, since weights split over the same devices would otherwise pull it with them.
     """
-    x0_BTC, rope, values = entries
+    x0_BTC, rope, values, gists = entries
     T, middle, period = x0_BTC.shape[1], cfg.n_layer // 2, cfg.layer_period()[0]
     windows = [window if window < T else None for window in cfg.windows()]
 
@@ -266,7 +282,7 @@ def run_trunk(
         if value is not None:
             value = value | {"rows": place(value["rows"])}
         with jax.named_scope("attention"):
-            q, k, v = qkv(layer, cfg, x_BTC, rope, value)
+            q, k, v = qkv(layer, cfg, x_BTC, rope, value, gists)
             attn_BTHD = attention(q, k, v, window=window)
         return place(close_block(layer, x_BTC, attn_BTHD)), None if watch is None else watch(q, k)
 

@@ -30,10 +30,11 @@ CFG = GPTConfig(
 )
 
 
-def rows_objective(cfg=CFG, **options) -> GistRows:
+def rows_objective(cfg=CFG, places=False, **options) -> GistRows:
     base = make_objective(cfg, attention_impl="auto", dtype="float32")
     blocks = replace(cfg, n_kv_head=cfg.n_head, n_layer=1, attention="dense", window_pattern="L")
-    return GistRows(base, GistConfig(blocks, block=cfg.gist_block), **options)
+    read = {"read_layers": cfg.n_layer, "read_heads": cfg.n_kv_head} if places else {}
+    return GistRows(base, GistConfig(blocks, block=cfg.gist_block, **read), **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def batch_of(ids_BT):
 @pytest.mark.parametrize("arch", ["pocket", "latest"])
 def test_a_window_over_everything_is_the_dense_model(arch, ids_BT):
     cfg = replace(CFG, arch=arch, gist_window=T, n_layer=3)
-    objective = rows_objective(cfg)
+    objective = rows_objective(cfg, places=arch == "pocket")
     params = _moved(objective.init(jax.random.key(0)))
     rows = objective.hidden(params, ids_BT)[0]
     dense = gpt.hidden_states(params, replace(cfg, attention="dense"), ids_BT)

@@ -18,11 +18,12 @@ def whole(objective, params, ids_BT):
 
 
 @pytest.mark.parametrize(
-    ("arch", "levels", "tokens"), [("pocket", 3, 5000), ("latest", 2, 150), ("classic", 1, 60)]
+    ("arch", "levels", "tokens", "places"),
+    [("pocket", 3, 5000, False), ("latest", 2, 150, True), ("classic", 1, 60, True)],
 )
-def test_token_by_token(arch, levels, tokens):
+def test_token_by_token(arch, levels, tokens, places):
     cfg = replace(CFG, arch=arch, gist_levels=levels, gist_window=16, sequence_len=tokens)
-    objective = rows_objective(cfg)
+    objective = rows_objective(cfg, places)
     params = _moved(objective.init(jax.random.key(0)))
     ids_BT = jax.random.randint(jax.random.key(1), (2, tokens), 0, cfg.vocab_size)
     expected_BTV = whole(objective, params, ids_BT)

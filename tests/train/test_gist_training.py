@@ -16,7 +16,10 @@ from tests.runs import N, environment, flags, kill_when_saved, losses, records, 
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
 ONE_LAYER = ("--depth", "1", "--aspect-ratio", "32", "--gistnet-layers", "1")
-GIST = (*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8", "--mc-raw-share", "0.3")
+GIST = (
+    *(*ONE_LAYER, "--attention", "gist", "--block-size", "4", "--gist-window", "8"),
+    *("--mc-raw-share", "0.3", "--gist-heads", "places"),
+)
 RUNS = "gist attention: xla (mosaic_gpu: this machine has no Hopper GPU)"
 SHORT = (*ONE_LAYER, "--num-iterations", "3", "--eval-every", "-1")
 
@@ -106,6 +109,8 @@ def test_a_dense_base_gets_gists_in_a_later_stage(trained):
         (base_train, (*GIST, "--gist-levels", "3"), "gist_levels"),
         (base_train, (*GIST, "--gist-gap", "-1"), "--gist-gap"),
         (base_train, ("--gist-gap", "64"), "add --attention gist"),
+        (base_train, ("--gist-heads", "places"), "add --attention gist"),
+        (chat_eval, (*GIST, "-i", "base", "--gist-heads", "alike"), "--gist-heads places"),
         (chat_eval, (*GIST, "-i", "base", "--tag", "dense"), "has no GistNet"),
         (chat_eval, (*GIST, "-i", "base", "--block-size", "8"), "--block-size 4"),
     ],
