@@ -126,7 +126,7 @@ def test_attention_mass_is_the_models_attention(objective, params, ids_BT):
     def both(params):
         tables, raw = objective.tables(params, ids_BT), raw_layout(B, T)
         _, mass_BT = objective.hidden(params, tables, ids_BT, raw, attention_mass(raw, queries, hidden))
-        x_BTC, rope, _ = token_entries(params, cfg, ids_BT, jnp.float32)
+        x_BTC, rope, *_ = token_entries(params, cfg, ids_BT, jnp.float32)
         q, k, _ = qkv({name: w[0] for name, w in params["h"].items()}, cfg, x_BTC, rope)
         one_hot = jnp.broadcast_to(jnp.eye(T)[:, None], (B, T, cfg.n_kv_head, T))
         return mass_BT, reference_attention(q, k, one_hot), objective.look(params, tables, ids_BT, LAYOUT)
