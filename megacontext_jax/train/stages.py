@@ -252,8 +252,10 @@ def row_facts(config: Config, phases: list) -> dict:
         "Runs": row_setup.runs(config, rows.base),
         "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
         "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
-        "Gists begin": f"at step {phases[-1].first_step}, before that everything is seen as tokens "
-        f"({getattr(phases[0].objective, 'base', phases[0].objective).attention.name})",
+        "Gists begin": "with the first step"
+        if len(phases) == 1
+        else f"at step {phases[-1].first_step}, before that everything is seen as tokens "
+        f"({phases[0].objective.attention.name})",
         "FLOPs per token with gists": f"{rows.flops_per_token:,.0f}, "
         f"{rows.flops_per_token / rows.cfg.flops_per_token():.2f} times dense",
     }

@@ -129,13 +129,13 @@ def test_a_users_folder_is_read_and_never_written_to(kind, tmp_path):
 
 
 def test_relative_and_absolute_spelling_are_the_same_data(tmp_path, monkeypatch):
-    mine = tmp_path / "work" / "mine"
+    mine = tmp_path / "texts" / "mine"
     write_shards(TEXTS, mine, docs_per_shard=20)
     monkeypatch.chdir(mine.parent)
     monkeypatch.setenv("HOME", str(mine.parent))
     (tmp_path / "link").symlink_to(mine)
     text = sources.prepare_text(of_folder(mine))
-    for spelling in ("mine", "./mine/", "../work/mine", "~/mine", tmp_path / "link"):
+    for spelling in ("mine", "./mine/", "../texts/mine", "~/mine", tmp_path / "link"):
         assert sources.prepare_text(of_folder(spelling)) == text
 
 
