@@ -121,7 +121,7 @@ def prepare(config: Config, stage: str) -> Setup:
         "seed": run.seed,
         "source": source and f"{source.name} at step {source_step}",
         "compute_dtype": dtype.name,
-        "run": {"mc": run.mc},
+        "run": {"mc": run.mc, "gist_gap": config.model.gist_gap},
         "mc": fixed_options(config.mc) if gists else {},
     }
     n = model.num_params()
@@ -176,7 +176,7 @@ def prepare(config: Config, stage: str) -> Setup:
             stage: fixed_options(getattr(Config(), stage)),
             "data": fixed_options(Config().data),
             "model": GPTConfig().to_dict(),
-            "run": {"mc": False},
+            "run": {"mc": False, "gist_gap": Config().model.gist_gap},
             "mc": fixed_options(Config().mc) if gists else {},
         },
         description={"model_config": model.to_dict(), "tokenizer": tokenizer.digest}

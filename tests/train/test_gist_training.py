@@ -108,6 +108,7 @@ def test_a_dense_base_gets_gists_in_a_later_stage(trained):
         (base_train, (*GIST, "--attention-impl", "mosaic_gpu"), "no Hopper GPU"),
         (base_train, (*GIST, "--gist-levels", "3"), "gist_levels"),
         (base_train, (*GIST, "--gist-gap", "-1"), "--gist-gap"),
+        (base_train, (*GIST, "--gist-gap", "64"), "gist_gap is 0 there and 64 here"),
         (base_train, ("--gist-gap", "64"), "add --attention gist"),
         (base_train, ("--gist-heads", "places"), "add --attention gist"),
         (chat_eval, (*GIST, "-i", "base", "--gist-heads", "alike"), "--gist-heads places"),
