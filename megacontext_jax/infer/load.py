@@ -17,6 +17,7 @@ from megacontext_jax.config import Config
 from megacontext_jax.context import row_setup
 from megacontext_jax.context import setup as context_setup
 from megacontext_jax.context.gist_rows import GistRows
+from megacontext_jax.context.gistnet import GistConfig
 from megacontext_jax.context.layout import enough_entries
 from megacontext_jax.context.objective import ContextObjective
 from megacontext_jax.data.tokenizer import Tokenizer
@@ -92,8 +93,7 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     )
     params = load_params(folder, step, template)
     if cfg.attention == "gist":
-        rows = row_setup.objective(config, objective, gist)
-        _tell(f"{row_setup.runs(config, objective)}; decoding: {rows.decode_implementation}")
+        rows = _gist_rows(config, objective, gist)
         params = {name: x for name, x in params.items() if name != "lensnet"}
         return LoadedModel(rows, params, tokenizer, folder, step)
     if not config.run.mc:
@@ -103,6 +103,13 @@ def load_model(config: Config, *, mesh: Mesh | None = None) -> LoadedModel:
     mixture = context_setup.mixture(config.mc, cfg.sequence_len)
     context = context_setup.objective(config.mc, objective, parts, mixture, width)
     return LoadedModel(objective, params, tokenizer, folder, step, context)
+
+
+def _gist_rows(config: Config, base: Objective, gist: GistConfig) -> GistRows:
+    """The model with gist attention; says what runs it."""
+    rows = row_setup.objective(config, base, gist)
+    _tell(f"{row_setup.runs(config, base)}; decoding: {rows.decode_implementation}")
+    return rows
 
 
 def _tell(line: str) -> None:
@@ -156,8 +163,7 @@ def random_model(config: Config, model: GPTConfig, tokenizer) -> LoadedModel:
         params = jax.jit(context.init)(key)
         return LoadedModel(base, params, tokenizer, Path("random weights"), 0, context)
     if cfg.attention == "gist":
-        rows = row_setup.objective(config, base, row_setup.gist_config(config, cfg))
-        _tell(f"{row_setup.runs(config, base)}; decoding: {rows.decode_implementation}")
+        rows = _gist_rows(config, base, row_setup.gist_config(config, cfg))
         return LoadedModel(rows, jax.jit(rows.init)(key), tokenizer, Path("random weights"), 0)
     return LoadedModel(base, jax.jit(base.init)(key), tokenizer, Path("random weights"), 0)
 
