@@ -1,6 +1,6 @@
 """Gist attention against dense causal attention, forward and backward, on this machine's CPU.
 
-    python -m benchmarks.gist_attention [--tokens 1024 2048 4096 8192] [--heads 2] [--head-dim 64]
+    python -m benchmarks.gist_attention [--tokens 512 1024 2048 4096 8192] [--heads 2] [--head-dim 64]
 
 float32, batch 1, normal inputs, the default pattern (blocks of 32, window 256, two levels). Implementations take
 turns, medians are compared: dense causal attention as the models use it on CPUs (`blocked`), that of jax.nn, and

@@ -5,15 +5,17 @@
 
 Every case runs in a process of its own with a limit (60 s; twice that for a model of depth 12, which takes longest to
 compile), and prints what it has before each further step: a kernel that hangs costs one figure. First the kernels
-against the float32 reference, two runs bit for bit; then, for 2k to 64k tokens (bf16, 10 heads of 128, normal inputs,
-batch 4 and 1), forward and forward with backward beside cuDNN dense causal attention, cuDNN with a sliding window of
-equal size and chunked XLA; a training step and decoding of depth 12, dense and with gist attention; PyTorch's
-flex_attention under the same mask where a PyTorch with CUDA is installed; compute-sanitizer's memory and race checkers
-where they are. The floor of each row is the products of the pairs that are seen at the peak of the device, or its
-bytes at the bandwidth, whichever is longer; beside it stands how many tiles are visited. One JSON file,
+against the float32 reference, two runs bit for bit; where one of these checks hangs, no further case is begun that
+runs the same kernels alone. Then, for 2k to 64k tokens (bf16, 10 heads of 128, normal inputs, batch 4 and 1), forward
+and forward with backward: cuDNN dense causal attention, cuDNN with a sliding window of equal size, the kernels, and
+chunked XLA; a training step and decoding of depth 12, dense and with gist attention; PyTorch's flex_attention
+under the same mask where a PyTorch with CUDA is installed; compute-sanitizer's memory and race checkers where they
+are. The floor of each row is the products of the pairs that are seen at the peak of the device, or its bytes at the
+bandwidth, whichever is longer; beside it stands how many tiles are visited. One JSON file,
 benchmarks/results/<gpu>/gist_attention.json (or under $OUT), keeps everything with command, versions and date.
 
-The exit status is 1 if a check did not pass or no row was timed.
+The exit status is 1 if a check did not pass, a case that was begun lacks its figure of gist attention, or no row was
+timed.
 """
 
 import argparse
@@ -30,14 +32,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks import gpu_checks, gpu_models, gpu_timing
-from benchmarks.gpu_timing import HEAD_DIM, HEADS, LENGTHS, VARIANTS, summary
+from benchmarks.gpu_timing import HEAD_DIM, HEADS, LENGTHS, summary
 
 LIMIT = 60  # seconds of a case
 MINUTES = 9
-CHECKS = (*(f"check_{name}" for name in gpu_checks.PROBLEMS), "check_decode")
+LAST_WAIT = 15  # seconds in which a process that is killed should be gone; one stuck in the driver never is
+ATTENTION_CHECKS = tuple(f"check_{name}" for name in gpu_checks.PROBLEMS)
+CHECKS = (*ATTENTION_CHECKS, "check_decode")
 STEPS = ("step_dense", "step_gist", "decode_dense", "decode_gist", "decode_kernel")
 RINGS = tuple(f"ring_{batch}" for batch in (1, 16, 64))
 SANITIZERS = ("sanitizer_memcheck", "sanitizer_racecheck")
+# how many `tuning_configs` there are; to ask them takes Mosaic GPU, which not every machine can import
+TUNED = tuple(f"tune_8192_{i}" for i in range(3))
 CASES = (
     "versions",
     *CHECKS,
@@ -47,8 +53,10 @@ CASES = (
     "flex_8192",
     *SANITIZERS,
     *(f"time_{T}_1" for T in LENGTHS),
-    *(f"tune_8192_{i}" for i in range(len(VARIANTS))),
+    *TUNED,
 )
+# what tells nothing where the attention kernels hang
+KERNELS_ALONE = (*ATTENTION_CHECKS, *SANITIZERS, *TUNED)
 
 
 def main() -> int:
@@ -66,7 +74,8 @@ def main() -> int:
     gpu = hopper()
     if gpu is None:
         print("This machine has no Hopper GPU (H100, H200): here is what its CPU can tell.\n")
-        return subprocess.run([sys.executable, "-m", "benchmarks.gist_attention"]).returncode
+        command = [sys.executable, "-m", "benchmarks.gist_attention"]
+        return subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}).returncode
     folder = Path(os.environ.get("OUT") or f"benchmarks/results/{gpu.lower().replace(' ', '-')}")
     return drive(gpu, folder, args.minutes, args.limit)
 
@@ -129,10 +138,9 @@ def drive(gpu: str, folder: Path, minutes: float, limit: float) -> int:
     }
     for case in CASES:
         most = 2 * limit if case in STEPS else limit
-        if time.monotonic() - started > 60 * minutes - most:
-            results[case] = {"error": "not begun"}
-        else:
-            results[case] = in_a_process(case, most, folder / "cache")
+        late = time.monotonic() - started > 60 * minutes - most
+        why = not_begun(case, results, late)
+        results[case] = {"error": why} if why else in_a_process(case, most, folder / "cache")
         print(line(case, results[case]), flush=True)
         path.write_text(
             json.dumps({"benchmark": "gist_attention", **about, "cases": results}, indent=1) + "\n"
@@ -145,13 +153,44 @@ def drive(gpu: str, folder: Path, minutes: float, limit: float) -> int:
     return 1 if wrong else 0
 
 
+def not_begun(case: str, results: dict[str, dict], late: bool) -> str | None:
+    """Why a case is not begun, or None: it could end too late, or it runs only kernels that hung in a check."""
+    if late:
+        return "not begun"
+    hung = [c for c in ATTENTION_CHECKS if results.get(c, {}).get("error", "").startswith("not done after")]
+    return f"not begun: {hung[0]} hung" if hung and case in KERNELS_ALONE else None
+
+
 def failures(results: dict[str, dict]) -> list[str]:
     """Why the whole suite did not pass."""
     wrong = [f"{case} did not pass" for case in CHECKS if not results[case].get("passed")]
     wrong += [f"{case} did not pass" for case in SANITIZERS if results[case].get("passed") is False]
-    if not any("gist" in r.get("both", {}) for case, r in results.items() if case.startswith("time_")):
+    for case, found in results.items():
+        if None in own_figures(case, found) and not found.get("error", "").startswith("not begun"):
+            wrong.append("; ".join([f"{case} lacks a figure of gist attention", *troubles(found)]))
+    if not any("gist" in r.get("both_ms", {}) for case, r in results.items() if case.startswith("time_")):
         wrong.append("no row was timed")
     return wrong
+
+
+def own_figures(case: str, found: dict) -> list[float | None]:
+    """The figures for whose sake a case is run, None for one that it lacks; what only checks or compares has none."""
+    kind = case.split("_")[0]
+    if kind == "time":
+        return [found.get(what, {}).get("gist") for what in ("forward_ms", "both_ms")]
+    if kind == "tune":
+        return [found.get("forward_ms"), found.get("both_ms")]
+    if kind == "ring":
+        return [found.get("mosaic_gpu_us")]
+    return [found.get("tokens_per_second")] if case in ("step_gist", "decode_gist", "decode_kernel") else []
+
+
+def troubles(found: dict) -> list[str]:
+    """What failed in a case, and what ended it, with its reason."""
+    told = [f"{what} failed: {why}" for what, why in found.get("failed", {}).items()]
+    if "error" in found:
+        told.append(found["error"] + (f" (during {found['under_way']})" if "under_way" in found else ""))
+    return told
 
 
 def in_a_process(case: str, limit: float, cache: Path) -> dict:
@@ -174,18 +213,27 @@ def in_a_process(case: str, limit: float, cache: Path) -> dict:
         except subprocess.TimeoutExpired:
             status = None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            ended = end(process)
         out.seek(0)
         complaints.seek(0)
         found = last_json(out.read())
         said = complaints.read().strip().splitlines()
     if status is None:
-        found["error"] = f"not done after {limit:g} s"
+        found["error"] = f"not done after {limit:g} s" + ("" if ended else ", and could not be ended")
     elif status or not found:
         found["error"] = (said or [f"status {status}"])[-1][:500]
     return found | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def end(process: subprocess.Popen) -> bool:
+    """Kill a process that still runs, and what it has started; whether it is gone after `LAST_WAIT` at most."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            process.wait(LAST_WAIT)
+        except subprocess.TimeoutExpired:
+            return False
+    return True
 
 
 def last_json(text: str) -> dict:
@@ -209,15 +257,11 @@ def line(case: str, found: dict) -> str:
     ]
     if case.startswith("time_"):
         facts = [
-            f"{what}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found[what].items()) + " ms"
+            f"{what}: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found[f"{what}_ms"].items()) + " ms"
             for what in ("forward", "both")
-            if what in found
+            if f"{what}_ms" in found
         ]
-        facts += [f"{what} failed: {why}" for what, why in found.get("failed", {}).items()]
-    if "error" in found:
-        during = f" (during {found['under_way']})" if "under_way" in found else ""
-        facts.append(found["error"] + during)
-    return f"{case:<20} " + "; ".join(facts)
+    return f"{case:<20} " + "; ".join([*facts, *troubles(found)])
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ from collections.abc import Iterator
 HEADS, HEAD_DIM = 10, 128
 LENGTHS = (2048, 4096, 8192, 32_768, 65_536)
 RIVALS = ("dense", "sliding", "xla")
-VARIANTS = (  # of the kernels' configuration: other tiles, shorter lists of visits, no schedule
-    {"key_tile": 64, "forward_stages": 4, "dq_stages": 3},
-    {"longest": 32},
-    {"ping_pong": False},
-)
 BANDWIDTH = {"h100": 3.35e12, "h200": 4.8e12}  # bytes/s, from the data sheets of the SXM boards
 
 
 def timing(T: int, batch: int) -> Iterator[dict]:
-    """Milliseconds of the kernels, then of every rival, each guarded: one that fails costs its own figure alone."""
+    """Milliseconds of the kernels and of every rival, each guarded: one that fails costs its own figure alone.
+
+    cuDNN comes before the kernels, so that one that hangs does not take it along; XLA, which takes longest, comes last.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -39,9 +37,9 @@ def timing(T: int, batch: int) -> Iterator[dict]:
 
     levels, tokens = (q, k, v, do), (q[0], k[0], v[0], do[0])
     programs = {
-        "gist": (gist("mosaic_gpu"), levels),
         "dense": (cudnn(None), tokens),
         "sliding": (cudnn((spec.window, 0)), tokens),
+        "gist": (gist("mosaic_gpu"), levels),
         "xla": (gist("xla"), levels),
     }
     for name, (attend, arrays) in programs.items():
@@ -49,16 +47,14 @@ def timing(T: int, batch: int) -> Iterator[dict]:
             yield found | {"under_way": f"{name}, {what}"}
             given = arrays if what == "both" else arrays[:3]
             try:
-                found[what][name] = milliseconds(jax.jit(program), *given)
+                found[f"{what}_ms"][name] = milliseconds(jax.jit(program), *given)
             except Exception as error:
-                if name == "gist":
-                    raise
                 found.setdefault("failed", {})[f"{name}, {what}"] = reason(error)
     yield found
 
 
 def ring(batch: int, steps: int = 64, tokens: int = 2**25) -> Iterator[dict]:
-    """Microseconds of a decode step's attention over the rings of a session, by XLA and by the kernel; each guarded."""
+    """Microseconds of a decode step's attention over the rings of a session, by XLA, then by the kernel; each guarded."""
     import jax
     import jax.numpy as jnp
 
@@ -72,16 +68,13 @@ def ring(batch: int, steps: int = 64, tokens: int = 2**25) -> Iterator[dict]:
     )
     cache, position_B = GistCache(k, v, empty.sizes), jnp.full(batch, tokens - 1, jnp.int32)
     seen = sum(int(stop - start) for start, stop in spec.key_ranges(0, tokens - 1))
-    bandwidth = next(
-        (rate for name, rate in BANDWIDTH.items() if name in jax.devices()[0].device_kind.lower()),
-        float("nan"),
-    )
+    read = batch * HEADS * seen * HEAD_DIM * 4  # bytes of keys and values
     found = {
         "slots": k.shape[2],
         "seen": seen,
-        "floor": 1e6 * batch * HEADS * seen * HEAD_DIM * 4 / bandwidth,
+        "floor_us": 1e6 * read / bandwidth(jax.devices()[0].device_kind),
     }
-    for implementation in ("mosaic_gpu", "xla"):
+    for implementation in ("xla", "mosaic_gpu"):
         yield found | {"under_way": implementation}
 
         @jax.jit
@@ -92,10 +85,15 @@ def ring(batch: int, steps: int = 64, tokens: int = 2**25) -> Iterator[dict]:
             return jax.lax.fori_loop(0, steps, step, q)
 
         try:
-            found[implementation] = 1e3 * milliseconds(run, q, cache) / steps
+            found[f"{implementation}_us"] = 1e3 * milliseconds(run, q, cache) / steps
         except Exception as error:
             found.setdefault("failed", {})[implementation] = reason(error)
     yield found
+
+
+def bandwidth(device_kind: str) -> float:
+    """Bytes per second of a device's memory; NaN where that is not known."""
+    return next((rate for name, rate in BANDWIDTH.items() if name in device_kind.lower()), float("nan"))
 
 
 def bounds(problem) -> dict:
@@ -108,16 +106,16 @@ def bounds(problem) -> dict:
 
     device = jax.devices()[0].device_kind
     peak = hardware.peak_flops(device) or float("nan")
-    bandwidth = next((rate for name, rate in BANDWIDTH.items() if name in device.lower()), float("nan"))
     T, config = problem.tokens, default_config(problem.head_dim)
     stream = Stream(problem.spec, T, TILE)
     heads = problem.batch * problem.heads
     products = problem.pairs() * heads * problem.head_dim / peak
-    array = sum(problem.spec.rows(T)) * heads * problem.head_dim * 2 / bandwidth  # one read or written once
+    # one array read or written once
+    array = sum(problem.spec.rows(T)) * heads * problem.head_dim * 2 / bandwidth(device)
     return {
         # two products of two operations forward, five backward; q, k, v, o, then with do, dq, dk, dv and again
-        "forward": {"floor": 1e3 * max(4 * products, 4 * array)},
-        "both": {"floor": 1e3 * max(14 * products, 12 * array)},
+        "forward_ms": {"floor": 1e3 * max(4 * products, 4 * array)},
+        "both_ms": {"floor": 1e3 * max(14 * products, 12 * array)},
         "visited_tiles": len(pairs(stream, TILE, config.key_tile).query),
         "tile_density": density(stream, TILE, config.key_tile),
         "pair_density": problem.pairs() / (T * (T + 1) / 2),
@@ -137,18 +135,16 @@ def forward_and_backward(attend):
 
 
 def tuning(T: int, variant: int) -> Iterator[dict]:
-    """Milliseconds of gist attention in another configuration, to hold against the row of `time_T_4`."""
-    import dataclasses
-
+    """Milliseconds of gist attention in one of the `tuning_configs`, to hold against the row of `time_T_4`."""
     import jax
     import jax.numpy as jnp
 
     from kernels_pallas import GistSpec
     from kernels_pallas.mosaic_gpu import gist_attention_mosaic_gpu
-    from kernels_pallas.mosaic_gpu.config import default_config
+    from kernels_pallas.mosaic_gpu.config import tuning_configs
     from kernels_pallas.shapes import Problem
 
-    config = dataclasses.replace(default_config(HEAD_DIM), **VARIANTS[variant])
+    config = tuning_configs(HEAD_DIM)[variant]
     problem = Problem(T, GistSpec(), 4, HEADS, HEADS, HEAD_DIM)
 
     def attend(q, k, v):
@@ -203,7 +199,7 @@ def summary(results: dict[str, dict]) -> str:
         if kind != "time" or "tile_density" not in found:
             continue
         for what in ("forward", "both"):
-            row = found[what]
+            row = found[f"{what}_ms"]
             faster = row["dense"] / row["gist"] if {"dense", "gist"} <= row.keys() else None
             share = None if faster is None else 1 / faster / found["tile_density"]
             visited = f"{found['visited_tiles']} = {100 * found['tile_density']:.1f} %"

@@ -28,7 +28,6 @@ from typing import NamedTuple
 TARGET = Path(__file__).with_name("hopper.txtpb")
 WHEELS = Path(__file__).resolve().parent.parent / ".tools" / "cuda13"
 KERNELS = ("gist_forward", "gist_dq", "gist_dkv_tokens", "gist_dkv_above")
-SHARED_MEMORY = 227 * 1024
 
 
 class Program(NamedTuple):
@@ -112,6 +111,8 @@ def growth_allowed(rows: int, tokens: int) -> int:
 
 def wrong(facts: dict) -> list[str]:
     """What keeps a kernel from being one."""
+    from kernels_pallas.mosaic_gpu.config import SHARED_MEMORY
+
     found = []
     if facts["spilled"]:
         found.append(f"{facts['spilled']} bytes spilled")

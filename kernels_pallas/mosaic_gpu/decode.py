@@ -9,6 +9,7 @@ D head size, Q 64 rows.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from kernels_pallas.mosaic_gpu.forward import FLOOR, LOG2_E
 SUBLANES = 8  # rows that a tiled buffer is cut into
 
 
+# a program of its own: all layers and levels of a step share one that is traced and lowered once
+@partial(jax.jit, static_argnames=("scale", "interpret"))
 def decode_mosaic_gpu(q_BKGD, k_BKSD, v_BKSD, seen_BS, scale: float | None = None, *, interpret=False):
     """Attention float32 [B, K, G, D] of bfloat16 queries over the slots that are seen; zero where none is."""
     B, K, G, D = q_BKGD.shape
