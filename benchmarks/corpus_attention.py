@@ -5,20 +5,26 @@
 
 Every run is the base stage of the CPU recipe (`base_train --config run10_cpu FLAGS`), alone on a core, under the tag
 KIND-SEED: what was begun goes on, what is finished is only measured, so that other flags want another
-MEGACONTEXT_ARTIFACTS. The figures are bits per byte of validation under the run's own attention, and the share of
+MEGACONTEXT_ARTIFACTS. Flags that mean nothing to a kind of attention are left out of its runs. Width, depth, tokens and
+optimiser are alike; a gist run has GistNet and its rows besides, and is dense for its first steps (--mc-raw-share),
+which the sliding runs are not. The figures are bits per byte of validation under the run's own attention, and the share of
 lookups answered (`megacontext_jax.eval.lookups`): near ones, at most 24 tokens back, and the others by what gists of 4
 make of their pair: whether a block's end parts it, and whether its block holds another one too. The last line is JSON.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import queue
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.common import machine
+from megacontext_jax.config import DataConfig
+from megacontext_jax.context.row_setup import IDLE_FLAGS
 
 KINDS = ("dense", "gist", "sliding")
 NEAR, BLOCK = 24, 4
@@ -34,7 +40,7 @@ def main() -> int:
     parser.add_argument("--measure", metavar="TAG", help="only measure this finished run")
     args, flags = parser.parse_known_args()
     if args.measure:
-        print(json.dumps(evaluate(args.measure)))
+        print(json.dumps(evaluate(args.measure, flags)))
         return 0
     free, runs, failed = queue.SimpleQueue(), [], 0
     for core in sorted(os.sched_getaffinity(0)):
@@ -62,9 +68,12 @@ def main() -> int:
 
 def train_and_measure(kind: str, seed: int, flags: list[str], core: int) -> dict:
     """A run and its figures, in processes on one core; CalledProcessError with what they said."""
-    tag = f"{kind}-{seed}"
-    train = ["scripts.base_train", *CONFIG, "--attention", kind, "--seed", str(seed), "--tag", tag, *flags]
-    for words in (train, ["benchmarks.corpus_attention", "--measure", tag]):
+    tag, data = f"{kind}-{seed}", [field.name for field in dataclasses.fields(DataConfig)]
+    idle = [at.rpartition(".")[2] for at in IDLE_FLAGS[kind]]
+    train = ["scripts.base_train", *CONFIG, "--attention", kind, "--seed", str(seed), "--tag", tag]
+    train += choose(flags, lambda name: name not in idle)
+    measure = ["benchmarks.corpus_attention", "--measure", tag, *choose(flags, lambda name: name in data)]
+    for words in (train, measure):
         said = subprocess.run(
             ["taskset", "-c", str(core), sys.executable, "-m", *words],
             stdout=subprocess.PIPE,
@@ -75,12 +84,22 @@ def train_and_measure(kind: str, seed: int, flags: list[str], core: int) -> dict
     return json.loads(said.splitlines()[-1])
 
 
+def choose(flags: list[str], wanted: Callable[[str], bool]) -> list[str]:
+    """The flags whose name `wanted` takes (`--name=value`, or `--name` and what follows up to the next flag)."""
+    taken, take = [], True
+    for word in flags:
+        if word.startswith("--"):
+            take = wanted(word[2:].partition("=")[0].rpartition(".")[2].replace("-", "_"))
+        taken += [word] * take
+    return taken
+
+
 def describe(run: dict) -> str:
     shares = (f"{name} {percent} % of {count}" for name, (percent, count) in run["lookups"].items())
     return f"{run['val_bpb']:.4f} bits per byte; lookups: {', '.join(shares)}"
 
 
-def evaluate(tag: str) -> dict:
+def evaluate(tag: str, data_flags: list[str]) -> dict:
     """Bits per byte and lookups of a finished run."""
     import jax
     import numpy as np
@@ -96,7 +115,7 @@ def evaluate(tag: str) -> dict:
     from megacontext_jax.infer.load import load_model
     from megacontext_jax.model.loss import capped_logits
 
-    config = parse([*CONFIG, "-i", "base", "--tag", tag], doc=__doc__)
+    config = parse([*CONFIG, "-i", "base", "--tag", tag, *data_flags], doc=__doc__)
     runtime.start(config.run)
     model = load_model(config)
     batches = val_batches(

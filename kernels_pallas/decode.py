@@ -1,7 +1,7 @@
 """Gist attention one row at a time: what a sequence leaves behind is a ring of rows per level.
 
 A query sees a run of rows of every level, so only the newest ones must be kept: about the window of tokens, and
-`(mid_spans + 1) * block` rows of each middle level. The last level keeps all its rows. The rings of all levels lie side
+`(M + 1) * block` rows of each middle level. The last level keeps all its rows. The rings of all levels lie side
 by side in one array, so that a step is two products however many levels there are. At small batches these are bound
 by their launches, so plain XLA is what runs unless the kernel is asked for. Sequences of a batch may differ in length.
 
@@ -42,7 +42,8 @@ def slots(spec: GistSpec, tokens: int) -> tuple[int, ...]:
     for level in range(spec.levels + 1):
         rows = -(-tokens // r**level) if level == spec.levels else reach // r**level + 1
         counts.append(max(1, min(rows, -(-tokens // r**level))))
-        reach += (spec.mid_spans + 1) * r ** (level + 2)  # how far back the next level can begin
+        if level < spec.levels - 1:  # how far back the next level can begin
+            reach += (spec.mid_spans_per_level[level] + 1) * r ** (level + 2)
     counts[-1] += -sum(counts) % SLOTS  # that a tile of keys is whole
     return tuple(counts)
 
@@ -101,7 +102,8 @@ def gist_decode(
         raise Refused(f"gist_decode has no implementation {implementation!r}; choose from xla, mosaic_gpu.")
     seen_BS = seen_slots(cache, position_B, spec, level)
     q_BKGD = q_BHD.reshape(B, K, H // K, D)
-    if choose(implementation, spec=spec, head_dim=D, dtype=cache.k.dtype).name == "mosaic_gpu":
+    dtype = jnp.result_type(q_BHD, cache.k, cache.v)
+    if choose(implementation, spec=spec, head_dim=D, dtype=dtype).name == "mosaic_gpu":
         from kernels_pallas.mosaic_gpu.decode import decode_mosaic_gpu
 
         o_BKGD = decode_mosaic_gpu(q_BKGD, cache.k, cache.v, seen_BS, scale)

@@ -48,7 +48,9 @@ class RunConfig:
         free=True,
     )
     require_fused: bool = option(
-        False, "gist attention: an error where no fused kernel runs, instead of the XLA path", free=True
+        False,
+        "gist attention: an error where no fused kernel trains and reads prompts, instead of the XLA path",
+        free=True,
     )
     remat: str = option("none", "recompute in the backward pass", free=True, choices=("none", "dots", "full"))
     data_axis: int = option(-1, "devices along the data axis; -1 = the rest", free=True)
@@ -144,7 +146,7 @@ class StageConfig:
     embedding_lr: float = option(0.2, "learning rate of the embedding")
     unembedding_lr: float = option(0.004, "learning rate of the head")
     scalar_lr: float = option(0.2, "learning rate of gates and scalars, where the architecture has them")
-    context_lr: float = option(0.003, "learning rate of GistNet's and LensNet's heads, with --mc")
+    context_lr: float = option(0.003, "learning rate of the heads of GistNet and LensNet")
     init_lr_frac: float = option(1.0, "factor on every learning rate")
     weight_decay: float = option(
         0.0, "of the AdamW groups (muon, adamw); of Muon's matrices (era2 and later, pocket)"

@@ -54,7 +54,7 @@ def place_attention(spec: GistSpec) -> AttentionFn:
         def some(begin):
             q_BQKGD = jax.lax.dynamic_slice_in_dim(q_BTKGD, begin, QUERIES, axis=1)
             t_Q1, s_S = begin + jnp.arange(QUERIES)[:, None], jnp.arange(T)
-            near_QS = s_S >= t_Q1 // spec.block * spec.block - spec.window
+            near_QS = s_S >= spec.lower_bounds(t_Q1)[0]
             seen_KQS = (s_S <= t_Q1) & (near_QS | own_KS[:, None])
             s_BKGQS = jnp.einsum("bqkgd,bskd->bkgqs", q_BQKGD, k_BTKD, preferred_element_type=jnp.float32)
             s_BKGQS = jnp.where(seen_KQS[:, None], s_BKGQS / math.sqrt(D), NEG)

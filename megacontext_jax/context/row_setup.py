@@ -16,11 +16,19 @@ from megacontext_jax.model.arch import GPTConfig
 from megacontext_jax.model.attention import Choice
 from megacontext_jax.model.objective import Objective, Phase
 
+# flags that mean something only for these kinds of attention: a sliding window is as wide as the pattern's queries see
+PATTERN_FLAGS = ("model.gist_window", "model.gist_mid_spans", "model.gist_levels")
+GIST_FLAGS = ("model.gist_positions", "model.gist_gap", "mc.gist_heads", "run.require_fused")
+IDLE_FLAGS = {"dense": PATTERN_FLAGS + GIST_FLAGS, "sliding": GIST_FLAGS, "gist": ()}
 
-def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPTConfig, str]:
+
+def pattern(
+    config: Config, model: GPTConfig, source: str = "", trained: GPTConfig | None = None
+) -> tuple[GPTConfig, str]:
     """The model under the pattern that --attention asks for, and a sentence where that is not its own.
 
-    `trained_as` is the name of the run that a model comes from; without it the model is a new one.
+    `source` is the name of the run that a model comes from; without it the model is a new one. `trained` is the model
+    of that run, where rows had another length.
     """
     m = config.model
     if m.gist_site != "kv":
@@ -52,23 +60,24 @@ def pattern(config: Config, model: GPTConfig, trained_as: str = "") -> tuple[GPT
             f"--mc shows the past in flat working contexts, {asked.attention} attention inside every layer; choose one: "
             "leave --mc out, or set --attention dense."
         )
-    if m.gist_gap and asked.attention != "gist":
-        raise UserError(
-            f"--gist-gap {m.gist_gap} is for gist attention, and this model has {asked.attention} attention; add "
-            "--attention gist, or leave it out."
-        )
-    heads_asked = "mc.gist_heads" in config.given and config.mc.gist_heads != "alike"
-    if heads_asked and asked.attention != "gist":
-        raise UserError(
-            f"--gist-heads {config.mc.gist_heads} is for gist attention, and this model has {asked.attention} attention; "
-            "add --attention gist, or leave it out."
-        )
-    note = ""
-    if trained_as and asked != model:
-        note = f"{trained_as} was trained with {describe(model)}; here it runs with {describe(asked)}."
-    elif trained_as and asked.attention != "dense":
-        note = f"{trained_as} has {describe(asked)}."
+    _refuse_idle_flags(config, asked.attention)
+    before, now, note = describe(trained or model), describe(asked), ""
+    if source and before != now:
+        note = f"{source} was trained with {before}; here it runs with {now}."
+    elif source and asked.attention != "dense":
+        note = f"{source} has {now}."
     return asked, note
+
+
+def _refuse_idle_flags(config: Config, attention: str):
+    for at in (at for at in IDLE_FLAGS[attention] if at in config.given):
+        section, name = at.split(".")
+        value, flag = getattr(getattr(config, section), name), f"--{name.replace('_', '-')}"
+        asked = flag if value is True else f"{flag} {value}"
+        raise UserError(
+            f"{asked} is for gist attention, and this model has {attention} attention; add --attention gist, or leave "
+            "it out."
+        )
 
 
 def describe(model: GPTConfig) -> str:
@@ -93,6 +102,11 @@ def gist_config(config: Config, model: GPTConfig) -> GistConfig:
     gist = setup.gist_config(config.mc, replace(model, attention="dense"))
     if config.mc.gist_heads == "alike":
         return gist
+    if model.n_kv_head < 2:
+        raise UserError(
+            f"--gist-heads {config.mc.gist_heads} divides the places of a block among the key heads, and this model has "
+            "one; lower --head-dim, or leave it out."
+        )
     return replace(gist, read_layers=model.n_layer, read_heads=model.n_kv_head)
 
 
@@ -115,6 +129,12 @@ def objective(config: Config, base: Objective, gist: GistConfig) -> GistRows:
     gap = config.model.gist_gap
     if not 0 <= gap <= LONGEST:
         raise UserError(f"--gist-gap {gap} must lie between 0 (none) and {LONGEST:,} tokens.")
+    span = base.cfg.gist_block**base.cfg.gist_levels
+    if gap and base.cfg.sequence_len <= span:
+        raise UserError(
+            f"--gist-gap {gap} lies at the end of a span of the top level, and rows of {base.cfg.sequence_len} tokens hold "
+            f"no more than one of {span:,}; lower --gist-levels or raise --max-seq-len."
+        )
     return GistRows(
         base,
         gist,

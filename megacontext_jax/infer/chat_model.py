@@ -43,9 +43,10 @@ def levels_for(block: int, tokens: int = LONGEST) -> int:
 
 
 def session_rows(objective: GistRows, tokens: int = LONGEST) -> GistRows:
-    """The same model with levels for a history of `tokens` tokens: the same function while the history is short."""
-    levels = max(objective.cfg.gist_levels, levels_for(objective.cfg.gist_block, tokens))
-    cfg = replace(objective.cfg, gist_levels=levels, sequence_len=tokens)
+    """The same model with levels for a history of `tokens` tokens: the same function in rows as long as those of training."""
+    cfg = objective.cfg
+    spec = cfg.gist_spec.deeper(levels_for(cfg.gist_block, tokens), cfg.sequence_len)
+    cfg = replace(cfg, gist_levels=spec.levels, gist_mid_spans=spec.mid_spans, sequence_len=tokens)
     return replace(objective, base=replace(objective.base, cfg=cfg))
 
 

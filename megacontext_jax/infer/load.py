@@ -153,7 +153,11 @@ def random_chat(config: Config, model: GPTConfig, tokenizer) -> ChatModel:
 def random_model(config: Config, model: GPTConfig, tokenizer) -> LoadedModel:
     """A model of random weights: with --mc, --attention gist or neither."""
     cfg, _ = row_setup.pattern(config, model)
-    base = make_objective(cfg, attention_impl="auto", dtype=runtime.compute_dtype(config.run))
+    base = make_objective(
+        cfg,
+        attention_impl=row_setup.dense_implementation(config, cfg),
+        dtype=runtime.compute_dtype(config.run),
+    )
     key = jax.random.key(config.run.seed)
     if config.run.mc:
         parts = context_setup.context_config(config.mc, cfg)

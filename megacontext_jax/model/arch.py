@@ -134,7 +134,7 @@ class GPTConfig:
     # the pattern of gist attention (`GistSpec`); sliding: as many tokens back as its queries see rows
     gist_block: int = 32
     gist_window: int = 256
-    gist_mid_spans: int = 1
+    gist_mid_spans: int | tuple[int, ...] = 1
     gist_levels: int = 2
     gist_positions: str = "gaussian"  # of gist rows: phases damped by the span, or plain
 

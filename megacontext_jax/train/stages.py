@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from megacontext_jax import mesh as meshes
 from megacontext_jax import runtime
@@ -17,6 +18,8 @@ from megacontext_jax.config import SOURCE_STAGES, Config, fixed_options
 from megacontext_jax.context import row_setup
 from megacontext_jax.context import setup as context_setup
 from megacontext_jax.context.gist_rows import GistRows
+from megacontext_jax.context.gistnet import GistConfig
+from megacontext_jax.context.head_places import places_of
 from megacontext_jax.context.objective import ContextConfig, init_context
 from megacontext_jax.data import sources
 from megacontext_jax.data.conversations import (
@@ -26,6 +29,7 @@ from megacontext_jax.data.conversations import (
 )
 from megacontext_jax.data.stream import pretrain_stream, val_batches
 from megacontext_jax.data.tokenizer import Tokenizer
+from megacontext_jax.errors import UserError
 from megacontext_jax.eval.working_contexts import Detail, Probe, views_of
 from megacontext_jax.infer.samples import chat_prompts, document_prompts, draw_samples
 from megacontext_jax.model.arch import GPTConfig
@@ -58,7 +62,9 @@ def prepare(config: Config, stage: str) -> Setup:
         meta = read_meta(source, source_step)
         config = context_setup.keep_saved(config, meta, source.name)
         tokenizer = load_tokenizer(source, meta)
-        model = GPTConfig(**(meta["model_config"] | {"sequence_len": seq_len}))
+        trained_as = GPTConfig(**meta["model_config"])
+        refuse_other_shape(config, trained_as, source.name)
+        model = replace(trained_as, sequence_len=seq_len)
         if meta["step"] < meta["num_iterations"]:
             print0(f"Note: {source.name} is unfinished, at step {meta['step']} of {meta['num_iterations']}.")
 
@@ -73,9 +79,12 @@ def prepare(config: Config, stage: str) -> Setup:
     else:
         data = chat_data(config, stage, layout)
 
-    model, note = row_setup.pattern(config, model, source.name if source else "")
+    model, note = row_setup.pattern(config, model, *((source.name, trained_as) if source else ()))
     if note:
         print0(f"Note: {note}")
+    gap = 0 if source is None else meta.get("identity", {}).get("run", {}).get("gist_gap", 0)
+    if gap and model.attention == "gist" and not config.model.gist_gap:
+        print0(f"Note: {source.name} was trained with --gist-gap {gap}; this stage has none.")
     num_iterations = horizon(stage, opts, model, data.epoch_tokens, rows * seq_len)
     dtype = runtime.compute_dtype(run)
     objective = make_objective(
@@ -100,6 +109,10 @@ def prepare(config: Config, stage: str) -> Setup:
         phases = [Phase(0, objective)]
     speaking = objective if parts is not None else phases[-1].objective
     trained, gists = phases[-1].objective, run.mc or model.attention == "gist"
+    if config.mc.mc_freeze_base and not gists:
+        raise UserError(
+            "--mc-freeze-base trains GistNet alone, and this model has none; add --mc or --attention gist, or leave it out."
+        )
     recipe = RECIPES[opts.optimizer]
     schedule = schedules(opts, recipe, num_iterations, first_stage=source is None)
     optimizer = make_optimizer(
@@ -111,7 +124,7 @@ def prepare(config: Config, stage: str) -> Setup:
         ns_dtype=dtype,
         constrain=meshes.deal_matrices(mesh),
         context=gists,
-        freeze_base=parts is not None and config.mc.mc_freeze_base,
+        freeze_base=gists and config.mc.mc_freeze_base,
     )
     identity = {
         "model": model.to_dict(),
@@ -220,6 +233,16 @@ def context_parts(
     return parts
 
 
+def refuse_other_shape(config: Config, model: GPTConfig, name: str):
+    """The shape of a model is that of its checkpoint."""
+    for key in ("head_dim", "rope_share"):
+        asked, has, flag = getattr(config.model, key), getattr(model, key), f"--{key.replace('_', '-')}"
+        if f"model.{key}" in config.given and asked != has:
+            raise UserError(
+                f"{flag} {asked} does not fit {name}, which was trained with {flag} {has}; use that, or leave the flag out."
+            )
+
+
 def start_from(
     source: Path, step: int, saved_shapes: dict, init: Callable, seed: int, template: dict
 ) -> dict:
@@ -230,7 +253,7 @@ def start_from(
     """
     parts = ("gistnet", "lensnet")
     wanted = {name: x for name, x in template.items() if name not in parts}
-    wanted |= {name: template.get(name, saved_shapes[name]) for name in saved_shapes}
+    wanted |= {name: shapes | template.get(name, {}) for name, shapes in saved_shapes.items()}
     params = load_params(source, step, wanted)
     new = [name for name in parts if name in template and name not in params]
     if new:
@@ -239,7 +262,10 @@ def start_from(
         shardings = {name: jax.tree.map(lambda x: x.sharding, template[name]) for name in new}
         begin = jax.jit(lambda key: {name: init(key)[name] for name in new}, out_shardings=shardings)
         params |= begin(jax.random.key(seed))
-    return {name: params[name] for name in template}
+    return {
+        name: {key: params[name][key] for key in x} if name in parts else params[name]
+        for name, x in template.items()
+    }
 
 
 def row_facts(config: Config, phases: list) -> dict:
@@ -252,6 +278,7 @@ def row_facts(config: Config, phases: list) -> dict:
         "Runs": row_setup.runs(config, rows.base),
         "Keys per token": f"{keys.mean():.0f} on average, {keys.max()} at most, of {rows.cfg.sequence_len}",
         "GistNet": f"{rows.gist.kind}, {rows.gist.block} to 1, {size:,} parameters",
+        "Heads read gists": reading(rows.gist),
         "Gists begin": "with the first step"
         if len(phases) == 1
         else f"at step {phases[-1].first_step}, before that everything is seen as tokens "
@@ -259,6 +286,14 @@ def row_facts(config: Config, phases: list) -> dict:
         "FLOPs per token with gists": f"{rows.flops_per_token:,.0f}, "
         f"{rows.flops_per_token / rows.cfg.flops_per_token():.2f} times dense",
     }
+
+
+def reading(gist: GistConfig) -> str:
+    """How the key heads read gists, for people."""
+    if not gist.read_heads:
+        return "alike"
+    places = (np.flatnonzero(row) for row in places_of(gist.read_heads, gist.block))
+    return "at places " + ", ".join(f"{p[0]} to {p[-1]}" if len(p) > 1 else f"{p[0]}" for p in places)
 
 
 def context_facts(phases: list, model: GPTConfig) -> dict:

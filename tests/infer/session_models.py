@@ -53,10 +53,15 @@ def focus_chat(
 
 def rows_chat(arch: str = "pocket") -> ChatModel:
     """Gist attention."""
-    cfg = replace(CFG, arch=arch, vocab_size=VOCAB, gist_window=8)
-    objective = session_rows(rows_objective(cfg), LONGEST)
+    return trained_rows(arch)[0]
+
+
+def trained_rows(arch: str = "pocket", **pattern):
+    """A conversation model of gist attention, and its objective and parameters in training."""
+    objective = rows_objective(replace(CFG, arch=arch, vocab_size=VOCAB, gist_window=8, **pattern))
     params = _moved(objective.init(jax.random.key(0)))
-    return ChatModel(TOK, "tiny, step 1", gist_model(params, objective))
+    chat = ChatModel(TOK, "tiny, step 1", gist_model(params, session_rows(objective, LONGEST)))
+    return chat, objective, params
 
 
 def plain_chat(window: int = 96) -> ChatModel:

@@ -17,6 +17,7 @@ from megacontext_jax.infer import engine, focus_programs
 from megacontext_jax.infer import memory as memory_module
 from megacontext_jax.infer.memory import is_alive
 from megacontext_jax.infer.session_batch import answer_together
+from megacontext_jax.model.loss import capped_logits
 from tests.infer.session_models import (
     BUDGET,
     MAX_LEVEL,
@@ -27,6 +28,7 @@ from tests.infer.session_models import (
     focus_chat,
     plain_chat,
     rows_chat,
+    trained_rows,
     whole_focus_logits,
 )
 
@@ -129,6 +131,21 @@ def test_edits_on_the_way_wait_until_they_are_paid_for():
 @pytest.mark.parametrize("arch", ["pocket", "latest"])
 def test_gist_attention_says_what_it_would_as_a_whole(arch):
     assert rows_against_whole(rows_chat(arch), range(2), 8) < 1e-4
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_conversations_no_longer_than_a_row_are_read_as_in_training(levels):
+    """Though a session has more levels."""
+    chat, objective, params = trained_rows(gist_levels=levels, sequence_len=160)
+    ids_T = np.random.default_rng(0).integers(0, 250, 160, np.uint32)
+    x_1TC = jax.jit(objective.hidden)(params, jnp.asarray(ids_T[None], jnp.int32))[0]
+    expected_TV = capped_logits(x_1TC, params["lm_head"], objective.cfg.logit_cap, VOCAB)[0]
+    assert chat.model.decoder.cfg.gist_levels > levels
+    with chat.new_session() as session:
+        for piece in np.split(ids_T, range(20, 160, 20)):
+            session.append(piece)
+            session.read()
+            np.testing.assert_allclose(session.memory.logits_1V[0], expected_TV[len(session) - 1], atol=1e-4)
 
 
 def rows_against_whole(chat, seeds, steps: int) -> float:

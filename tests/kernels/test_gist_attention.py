@@ -39,6 +39,12 @@ def relative(found, wanted) -> float:
 @settings(max_examples=300, deadline=None)
 @given(spec=SPECS, t=st.integers(0, 100_000))
 def test_a_token_sees_every_earlier_token_exactly_once(spec, t):
+    nearest = covers(spec, t)
+    assert t // spec.block * spec.block - nearest <= spec.window
+
+
+def covers(spec, t) -> int:
+    """Checks that a token sees every token up to itself exactly once; the first that it sees as a token."""
     seen = []
     for level, (first, stop) in enumerate(spec.key_ranges(0, t)):
         span = spec.block**level
@@ -48,7 +54,7 @@ def test_a_token_sees_every_earlier_token_exactly_once(spec, t):
     assert seen[0][0] == 0
     assert seen[-1][1] == t + 1
     assert all(a[1] == b[0] for a, b in pairwise(seen)), seen
-    assert t // spec.block * spec.block - seen[-1][0] <= spec.window
+    return seen[-1][0]
 
 
 @settings(max_examples=300, deadline=None)
@@ -80,9 +86,31 @@ def test_more_levels_change_nothing_before_they_are_needed():
         assert [*spec.key_ranges(0, t), (0, 0), (0, 0)] == deeper.key_ranges(0, t)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    spec=SPECS,
+    more=st.integers(1, 3),
+    tokens=st.integers(1, 2000),
+    at=st.integers(0, 1999),
+    far=st.integers(0, 100_000),
+)
+def test_a_deeper_pattern_is_the_same_for_as_many_tokens_as_it_is_told(spec, more, tokens, at, far):
+    deeper, nothing = spec.deeper(spec.levels + more, tokens), [(0, 0)] * more
+    assert deeper.levels == spec.levels + more
+    t = at % tokens
+    assert [*spec.key_ranges(0, t), *nothing] == deeper.key_ranges(0, t)
+    for level in range(1, spec.levels + 1):
+        row = (t + 1) // spec.block**level - 1
+        if row >= 0:
+            assert [*spec.key_ranges(level, row), *nothing] == deeper.key_ranges(level, row)
+    covers(deeper, far)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
+        ({"mid_spans": (1, 2, 3)}, "must be one number, or 1 for 2 levels"),
+        ({"mid_spans": (-1,)}, "cannot be negative"),
         ({"block": 1}, "block 1 must be at least 2"),
         ({"window": 100}, "window 100 must be a multiple of block 32"),
         ({"window": -32}, "window -32 must be a multiple"),

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu_checks import decoded_rows
-from kernels_pallas import GistSpec, Refused, gist_attention, gist_decode
+from kernels_pallas import GistSpec, Refused, api, gist_attention, gist_decode
 from kernels_pallas.decode import fill, init_gist_cache, slots
 from kernels_pallas.shapes import Problem
 
 SPECS = [GistSpec(4, 16, 1, 3), GistSpec(2, 6, 0, 4), GistSpec(8, 0, 2, 1), GistSpec(3, 9, 1, 2)]
+SPECS.append(GistSpec(4, 16, 1, 1).deeper(4, 150))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -70,3 +71,24 @@ def test_an_implementation_that_cannot_run_is_refused():
         ask(implementation="mosaic_gpu")
     with pytest.raises(Refused, match="choose from xla, mosaic_gpu"):
         ask(implementation="reference")
+
+
+def test_the_kernel_takes_no_float32_queries_on_a_bfloat16_cache(monkeypatch):
+    """Plain attention takes them."""
+    cache = init_gist_cache(SPECS[0], 1, 50, 2, 64, jnp.bfloat16)
+    q_BHD, position_B = jnp.ones((1, 2, 64)), jnp.zeros(1, jnp.int32)
+    assert gist_decode(q_BHD, cache, position_B, spec=SPECS[0]).dtype == jnp.float32
+    monkeypatch.setattr(api, "_capability", lambda: "9.0")
+    with pytest.raises(Refused, match="float32 only as TF32"):
+        gist_decode(q_BHD, cache, position_B, spec=SPECS[0], implementation="mosaic_gpu")
+
+
+def test_layers_of_equal_shapes_share_a_kernel():
+    from kernels_pallas.mosaic_gpu.decode import decode_mosaic_gpu
+
+    q_BKGD, k_BKSD = (jax.ShapeDtypeStruct((2, 2, n, 64), jnp.bfloat16) for n in (3, 80))
+    seen_BS = jax.ShapeDtypeStruct((2, 80), jnp.bool_)
+    layers = jax.make_jaxpr(lambda *x: (decode_mosaic_gpu(*x), decode_mosaic_gpu(*x)))
+    traced = layers(q_BKGD, k_BKSD, k_BKSD, seen_BS)
+    first, second = (e.params["jaxpr"] for e in traced.eqns if e.params.get("name") == "decode_mosaic_gpu")
+    assert first is second

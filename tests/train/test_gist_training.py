@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from benchmarks import corpus_attention
 from megacontext_jax.cli import parse
 from megacontext_jax.context import row_setup
 from megacontext_jax.errors import UserError
@@ -11,7 +12,7 @@ from megacontext_jax.infer.load import load_model
 from megacontext_jax.interop.transfer import export_checkpoint
 from megacontext_jax.telemetry import names
 from megacontext_jax.train.plan import model_of
-from scripts import base_train, chat_eval
+from scripts import base_train, chat_eval, mid_train
 from tests.runs import N, environment, flags, kill_when_saved, losses, records, run
 
 pytestmark = pytest.mark.usefixtures("quick_to_compile")
@@ -96,6 +97,21 @@ def test_a_dense_base_gets_gists_in_a_later_stage(trained):
     assert "megacontext_base_dense has no GistNet; they begin here." in said
 
 
+def test_working_contexts_begin_from_a_base_with_gist_attention(trained):
+    """Whose heads read gists each at its places, which there is no use for then."""
+    said = run(trained, "mid_train", *SHORT, "--fresh", "--mc", "--attention", "dense", "--mc-disable-val")
+    assert "here it runs with dense attention" in said
+    assert "megacontext_base_d1 has no LensNet; they begin here." in said
+
+
+def test_the_benchmark_of_the_corpus_leaves_out_what_a_kind_has_no_use_for():
+    given = ["--corpus-mchars", "40", "--gist-heads=places", "--model.gist-window", "32", "--depth", "3"]
+    names = [at.rpartition(".")[2] for at in row_setup.IDLE_FLAGS["sliding"]]
+    kept = corpus_attention.choose(given, lambda name: name not in names)
+    assert kept == ["--corpus-mchars", "40", "--model.gist-window", "32", "--depth", "3"]
+    assert corpus_attention.choose(given, lambda name: name == "corpus_mchars") == given[:2]
+
+
 @pytest.mark.parametrize(
     ("script", "words", "sentence"),
     [
@@ -109,8 +125,15 @@ def test_a_dense_base_gets_gists_in_a_later_stage(trained):
         (base_train, (*GIST, "--gist-levels", "3"), "gist_levels"),
         (base_train, (*GIST, "--gist-gap", "-1"), "--gist-gap"),
         (base_train, (*GIST, "--gist-gap", "64"), "gist_gap is 0 there and 64 here"),
+        (base_train, (*GIST, "--gist-gap", "64", "--gist-levels", "3"), "no more than one of 64"),
         (base_train, ("--gist-gap", "64"), "add --attention gist"),
         (base_train, ("--gist-heads", "places"), "add --attention gist"),
+        (base_train, ("--gist-window", "8"), "--gist-window 8 is for gist attention"),
+        (base_train, ("--attention", "sliding", "--require-fused"), "has sliding attention"),
+        (base_train, (*GIST, "--head-dim", "32"), "this model has one"),
+        (base_train, (*ONE_LAYER, "--mc-freeze-base"), "add --mc or --attention gist"),
+        (mid_train, ("--depth", "1", "--head-dim", "32"), "trained with --head-dim 16"),
+        (mid_train, ("--depth", "1", "--rope-share", "0.5"), "trained with --rope-share 1.0"),
         (chat_eval, (*GIST, "-i", "base", "--gist-heads", "alike"), "--gist-heads places"),
         (chat_eval, (*GIST, "-i", "base", "--tag", "dense"), "has no GistNet"),
         (chat_eval, (*GIST, "-i", "base", "--block-size", "8"), "--block-size 4"),
