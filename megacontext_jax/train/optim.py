@@ -213,25 +213,7 @@ def make_optimizer(
         return "frozen" if frozen else group_of(names)
 
     partitioned = optax.partition(transforms, lambda tree: jax.tree.map_with_path(label, tree))
-    return optax.chain(_clip(opts.grad_clip), leave_unused(partitioned))
-
-
-def leave_unused(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """GistNet and LensNet stay as they are in a step whose loss does not read them.
-
-    A curriculum begins without them, and decay alone, hundreds of steps of it, would leave little of their initial weights.
-    """
-
-    def update(updates, state, params=None):
-        moved, state = inner.update(updates, state, params)
-        for name in ("gistnet", "lensnet"):
-            if name in updates:
-                used = jnp.stack([jnp.any(g != 0) for g in jax.tree.leaves(updates[name])]).any()
-                still = jax.tree.map(lambda u, used=used: jnp.where(used, u, 0), moved[name])
-                moved = moved | {name: still}
-        return moved, state
-
-    return optax.GradientTransformation(inner.init, update)
+    return optax.chain(_clip(opts.grad_clip), partitioned)
 
 
 def _clip(max_norm: float) -> optax.GradientTransformation:
