@@ -20,6 +20,7 @@ from dataclasses import replace
 from megacontext_jax import runtime
 from megacontext_jax.cli import parse, run_main, whole_numbers
 from megacontext_jax.config import Config
+from megacontext_jax.context.row_setup import IDLE_FLAGS
 from megacontext_jax.errors import UserError
 from megacontext_jax.infer.bench import ROUND, Words, card, measure, plain_plan
 from megacontext_jax.infer.chat_model import ChatModel
@@ -81,6 +82,8 @@ def random_chats(config: Config) -> list[ChatModel]:
         asked = replace(
             config, run=replace(config.run, mc=mc), model=replace(config.model, attention=attention)
         )
+        if len(kinds) > 1:  # flags of one kind are no mistake in the others
+            asked = replace(asked, given=config.given - set(IDLE_FLAGS[attention or "dense"]))
         chats.append(random_chat(asked, model_of(asked), Words(config.tokenizer.vocab_size)))
     return chats
 

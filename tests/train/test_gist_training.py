@@ -1,6 +1,7 @@
 """Training with gist attention through the real scripts: stages, continued, another pattern, judged and asked."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -174,6 +175,20 @@ def test_windows_that_nobody_asked_for_make_room(attention):
     insisted = parse(flags(*words, "--window-pattern", "SL"), doc="")
     with pytest.raises(UserError, match="leave --window-pattern SL out"):
         row_setup.pattern(insisted, model_of(insisted))
+
+
+def test_a_sliding_window_that_grows_with_the_row_is_told():
+    trained = model_of(
+        parse(flags("--attention", "sliding", "--block-size", "4", "--gist-window", "8"), doc="")
+    )
+    config = parse(flags("--max-seq-len", "256"), doc="")
+    trained, _ = row_setup.pattern(parse(flags("--attention", "sliding"), doc=""), trained)
+    longer = replace(trained, sequence_len=256)
+    assert row_setup.pattern(config, trained, "theirs")[1].startswith("theirs has sliding attention over")
+    note = row_setup.pattern(config, longer, "theirs", trained)[1]
+    before, now = (f"sliding attention over {m.windows()[0] + 1} tokens" for m in (trained, longer))
+    assert before != now
+    assert f"was trained with {before}; here it runs with {now}" in note
 
 
 def test_a_model_may_be_judged_with_more_levels(here):
